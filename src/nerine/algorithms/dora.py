@@ -1,0 +1,149 @@
+"""DoRA: weight decomposition, a map *around* another map.   V = inner(W),   W' = V · m / |V|
+
+The magnitudes m are trained beside the inner adapter; at first m = |W|, so that nothing changes. It wraps any
+algorithm: `DoRA(LoKr(rank=8))`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nerine.algorithms.base import FLOOR, Algorithm, Call, Design, Params
+from nerine.algorithms.settings import check_choice, check_flag
+from nerine.axes import Layout, Spec
+from nerine.errors import OptionError
+from nerine.ops.precision import same_dtype, wide
+from nerine.ops.row_norm import norm_from_square, row_square
+from nerine.site import Site
+
+__all__ = ["DoRA"]
+
+_MAGNITUDE = {
+    "out": Spec("out 1 *1", "dora_scale", init="ones"),
+    "in": Spec("1 in *1", "dora_scale", init="ones"),
+}
+
+
+def _around(layout: Layout, axis: str) -> Layout:
+    return replace(layout, specs={"magnitude": _MAGNITUDE[axis], **layout.specs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Algorithm):
+    """W' = V·m/|V| with V = W + inner deviation; norms over each output row (`axis="out"`) or input channel ("in").
+
+    m has shape `[out, 1, ...]` or `[1, in, ...]`. With `detach_norm` no gradient flows through |V| (cheaper, as the
+    paper proposes in §4.3 and PEFT does; LyCORIS lets it flow). A row whose magnitude is exactly zero - the base row
+    is zero - has no direction to keep: there the inner deviation is simply added, so that it can learn.
+    Source: Liu et al., arXiv:2402.09353.
+    """
+
+    name = "dora"
+    source = "Liu et al., arXiv:2402.09353"
+    inner: Algorithm = field(kw_only=False)
+    axis: str = "out"
+    detach_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Algorithm) or isinstance(self.inner, DoRA):
+            raise OptionError(f"DoRA goes around another algorithm, as in DoRA(LoRA(rank=16)); got {self.inner!r}")
+        check_choice("DoRA", "axis", self.axis, ("out", "in"))
+        check_flag("DoRA", detach_norm=self.detach_norm)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return tuple(_around(layout, self.axis) for layout in self.inner.layouts)
+
+    def settings(self) -> dict[str, Any]:
+        own = {"axis": self.axis, "detach_norm": self.detach_norm}
+        return {"algorithm": self.name, **own, "inner": self.inner.settings()}
+
+    def __str__(self) -> str:
+        extra = ", axis='in'" if self.axis == "in" else ""
+        return f"DoRA({self.inner}{extra})"
+
+    def design(self, site: Site) -> Design:
+        inner = self.inner.design(site)
+        return inner._replace(layout=_around(inner.layout, self.axis))
+
+    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
+        inner = self.inner.init(site, weight, rng)
+        with torch.no_grad():
+            if self.axis == "out":
+                # by the very arithmetic of training, so that m/|V| starts as exactly one
+                silent = inner if "scalar" not in inner.tensors else self._silenced(inner)
+                norm = self.inner.row_norm(silent, weight)
+            else:
+                norm = self._norm(wide(weight))
+            magnitude = torch.where(norm > FLOOR, norm, 0.0)
+        return Params({"magnitude": self._view(magnitude, weight.dim()), **inner.tensors}, inner.scale)
+
+    def _silenced(self, inner: Params) -> Params:
+        """`inner` as it acts while its learned scalar is still zero."""
+        carrier = self.inner.layout_of(inner.tensors).carrier
+        tensors = {name: t for name, t in inner.tensors.items() if name != "scalar"}
+        return Params({**tensors, carrier: tensors[carrier] * 0}, inner.scale)
+
+    def for_file(self, p: Params, weight: Tensor) -> Params:
+        """Other readers have no rule for zero magnitudes: give those rows the norm that they have (the same W')."""
+        magnitude, inner = self._split(p)
+        if bool((magnitude == 0).any()):
+            norm = self._norm(self.inner.weight(inner, weight))
+            magnitude = torch.where(magnitude == 0, same_dtype(self._view(norm, weight.dim()), magnitude), magnitude)
+        return Params({"magnitude": magnitude, **self.inner.for_file(inner, weight).tensors}, p.scale)
+
+    # -- pieces --------------------------------------------------------------------------------------------------
+    def _view(self, v: Tensor, dims: int) -> Tensor:
+        """A vector over the axis, shaped to multiply a weight of `dims` dimensions."""
+        return v.reshape(-1, *[1] * (dims - 1)) if self.axis == "out" else v.reshape(1, -1, *[1] * (dims - 2))
+
+    def _norm(self, v: Tensor) -> Tensor:
+        """|V| over the axis, as a vector."""
+        return norm_from_square(row_square(v if self.axis == "out" else v.transpose(0, 1)), FLOOR)
+
+    def _gain(self, magnitude: Tensor, norm: Tensor) -> Tensor:
+        """m / |V| as a vector; one where the magnitude is zero."""
+        magnitude = magnitude.reshape(-1)
+        gain = magnitude / (norm.detach() if self.detach_norm else norm)
+        return torch.where(magnitude == 0, torch.ones_like(gain), gain)
+
+    @staticmethod
+    def _split(p: Params) -> tuple[Tensor, Params]:
+        inner = {name: t for name, t in p.tensors.items() if name != "magnitude"}
+        return p.tensors["magnitude"], Params(inner, p.scale)
+
+    # -- the two faces -------------------------------------------------------------------------------------------
+    def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
+        magnitude, inner = self._split(p)
+        d = self.inner.weight_deviation(inner, weight)
+        v = weight + d
+        gain = self._gain(magnitude, self._norm(v))
+        return d + self._view(gain - 1, weight.dim()) * v
+
+    def deviation(self, p: Params, call: Call) -> Tensor:
+        if self.axis == "in":
+            return super().deviation(p, call)
+        d, gain = self._inner_and_gain(p, call)
+        return d + same_dtype(call.site.over_channels(gain - 1), d) * (call.without_bias() + d)
+
+    def output(self, p: Params, call: Call) -> Tensor:
+        """m/|V| · (y + d) + bias, in two passes over the output instead of six."""
+        if self.axis == "in":
+            return super().output(p, call)
+        d, gain = self._inner_and_gain(p, call)
+        u = call.y + d
+        over = same_dtype(call.site.over_channels(gain), u)
+        if call.bias is None:
+            return u * over
+        return torch.addcmul(same_dtype(call.site.over_channels(call.bias * (1 - gain)), u), u, over)
+
+    def _inner_and_gain(self, p: Params, call: Call) -> tuple[Tensor, Tensor]:
+        magnitude, inner = self._split(p)
+        return self.inner.deviation(inner, call), self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
+
+    def cost(self, site: Site, design: Design) -> int:
+        return site.dense if self.axis == "in" else self.inner.cost(site, design)

@@ -1,0 +1,102 @@
+"""LoHa: the entrywise (Hadamard) product of two low-rank products beside the weight.   delta = (a₁·b₁) ∘ (a₂·b₂)
+
+The rank of the product reaches r². Training uses the identity of `ops.khatri_rao`: it *is* one low-rank product of
+rank r², built on the fly from the small factors and never kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nerine.algorithms.base import Call, Design, Params, Sandwich
+from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
+from nerine.axes import Layout, Shape, Spec
+from nerine.ops.khatri_rao import paired_columns, paired_rows
+from nerine.ops.precision import full_precision
+from nerine.ops.recompute import contract
+from nerine.ops.tucker import tucker
+from nerine.site import Site
+
+__all__ = ["LoHa"]
+
+_PLAIN = Layout(
+    {
+        "w1_a": Spec("out rank", "hada_w1_a", init="normal:0.1", carrier=True, gate="rank"),
+        "w1_b": Spec("rank flat", "hada_w1_b", init="normal:1"),
+        "w2_a": Spec("out rank", "hada_w2_a", init="zeros", live="normal:0.1"),
+        "w2_b": Spec("rank flat", "hada_w2_b", init="normal:1"),
+    },
+    ("flat = in *k",),
+)
+_TUCKER = Layout(
+    {
+        "t1": Spec("rank rank *k", "hada_t1", init="normal:0.1"),
+        "w1_a": Spec("rank out", "hada_w1_a", init="normal:0.1", carrier=True, gate="rank"),
+        "w1_b": Spec("rank in", "hada_w1_b", init="normal:1"),
+        "t2": Spec("rank rank *k", "hada_t2", init="normal:0.1"),
+        "w2_a": Spec("rank out", "hada_w2_a", init="zeros", live="normal:0.1"),
+        "w2_b": Spec("rank in", "hada_w2_b", init="normal:1"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(Sandwich):
+    """W' = W + (alpha/rank)·(w1_a·w1_b) ∘ (w2_a·w2_b), with w_a `[out, rank]` and w_b `[rank, in·Πk]`.
+
+    Settings as for `LoRA`; with `tucker` each half of a convolution is a core `[rank, rank, *k]` between two matrices.
+    Source: Hyeon-Woo et al. (FedPara), arXiv:2108.06098; Yeh et al., arXiv:2309.14859.
+    """
+
+    name = "loha"
+    source = "Hyeon-Woo et al., arXiv:2108.06098"
+    rank: int = 8
+    alpha: float | None = None
+    tucker: bool = False
+    scalar: bool = False
+    rs: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank("LoHa", self.rank)
+        check_alpha("LoHa", self.alpha)
+        check_flag("LoHa", tucker=self.tucker, scalar=self.scalar, rs=self.rs)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return (_PLAIN, _TUCKER)
+
+    def design(self, site: Site) -> Design:
+        sizes = {**site.sizes, "rank": self.rank, "flat": site.dense // site.shape[0]}
+        layout = _TUCKER if self.tucker and not site.pointwise else _PLAIN
+        return Design(layout, sizes, scale_of(self.rank, self.alpha, self.rs), self.scalar)
+
+    def delta(self, p: Params, shape: Shape) -> Tensor:
+        t = p.tensors
+        if "t1" in t:
+            return tucker(t["t1"], t["w1_a"].mT, t["w1_b"]) * tucker(t["t2"], t["w2_a"].mT, t["w2_b"])
+        return ((t["w1_a"] @ t["w1_b"]) * (t["w2_a"] @ t["w2_b"])).reshape(shape)
+
+    def add(self, p: Params, call: Call) -> Tensor:
+        t, site = p.tensors, call.site
+        rank = t["w1_b"].shape[0] ** 2
+        if "t1" in t or site.low_rank_cost(rank) >= site.dense:
+            return super().add(p, call)
+        down_shape, up_tail = (rank, *site.shape[1:]), [1] * len(site.kernel)
+
+        def down(b1: Tensor, b2: Tensor) -> Tensor:
+            with full_precision(b1):
+                return site.per_group(paired_columns(b1, b2).reshape(down_shape))
+
+        def up(a1: Tensor, a2: Tensor) -> Tensor:
+            with full_precision(a1):
+                return paired_rows(a1, a2 * p.scale).reshape(-1, rank, *up_tail)
+
+        h = contract(site.narrow(rank), call.x, down, [t["w1_b"], t["w2_b"]], lambda x, *_: site.prepared(x))
+        return contract(site.widen(rank), h, up, [t["w1_a"], t["w2_a"]], lambda h, *_: h)
+
+    def cost(self, site: Site, design: Design) -> int:
+        if "t1" in design.layout.specs:
+            return site.dense
+        return min(site.dense, site.low_rank_cost(design.sizes["rank"] ** 2))

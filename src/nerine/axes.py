@@ -1,0 +1,160 @@
+"""The axis mini-language: one line of words says which axes a tensor has; it is documentation, check and program.
+
+    "out rank"        two axes; the same word means the same size in every tensor of the layout
+    "rank in *k"      `*k` stands for all kernel axes of the layer (none for a linear layer)
+    "out rank *1"     `*1` stands for as many axes of size one as the layer has kernel axes
+    "1 in"            a literal one
+
+A `Layout` is one way in which the tensors of an algorithm can stand in memory and in a file; `bind` solves for the
+sizes of the axes and says in words what disagrees. This file knows no torch: shapes are tuples of ints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nerine.errors import ShapeError
+
+__all__ = ["Layout", "Sizes", "Spec", "bind", "kernel_of", "shape_of"]
+
+Sizes = dict[str, int]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor of a layout: its axes, its key in a file and how it starts.
+
+    `init` and `live` are names of initialisers: `live` is what the tensor starts from where a learned scalar already
+    makes the deviation zero. A `carrier` may be multiplied by a number to multiply the whole deviation by it.
+    `gate` names the axis along which single entries can be switched off (rank dropout).
+    """
+
+    axes: str
+    key: str
+    init: str = "kaiming"
+    live: str = "kaiming"
+    carrier: bool = False
+    gate: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(self.axes.split())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of one adapter by name, and the equations between the sizes of their axes, such as "out = a b"."""
+
+    specs: Mapping[str, Spec]
+    relations: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The suffixes that a file has for this layout."""
+        return frozenset(spec.key for spec in self.specs.values())
+
+    @property
+    def carrier(self) -> str:
+        """Name of the tensor that takes a scalar factor for the whole deviation."""
+        return next(name for name, spec in self.specs.items() if spec.carrier)
+
+    @property
+    def gate(self) -> tuple[str, int]:
+        """Name of the tensor that a gate multiplies, and the axis along which it does."""
+        name, spec = next((n, s) for n, s in self.specs.items() if s.gate)
+        return name, spec.words.index(spec.gate)
+
+
+def kernel_of(sizes: Mapping[str, int]) -> Shape:
+    """The kernel sizes `k0, k1, ...` as a tuple; empty for a linear layer."""
+    found: list[int] = []
+    while (size := sizes.get(f"k{len(found)}")) is not None:
+        found.append(size)
+    return tuple(found)
+
+
+def shape_of(spec: Spec, sizes: Mapping[str, int]) -> Shape:
+    """The shape that `spec` has once the sizes of its axes are known."""
+    shape: list[int] = []
+    for word in spec.words:
+        if word == "*k":
+            shape += kernel_of(sizes)
+        elif word == "*1":
+            shape += [1] * len(kernel_of(sizes))
+        else:
+            shape.append(1 if word == "1" else sizes[word])
+    return tuple(shape)
+
+
+def _spread(spec: Spec, shape: Shape, kernel_axes: int | None, where: str) -> list[str]:
+    """One axis word per dimension of `shape`."""
+    starred = [word for word in spec.words if word.startswith("*")]
+    extra = len(shape) - len(spec.words) + len(starred)
+    if extra < 0 or (not starred and extra) or (starred and kernel_axes not in (None, extra)):
+        want = len(spec.words) - len(starred) + (kernel_axes or 0) * len(starred)
+        raise ShapeError(
+            f"{where}.{spec.key}: expected {want} axes '{spec.axes}', got {len(shape)} in {shape}. "
+            "Is this file for another layer or model?"
+        )
+    words: list[str] = []
+    for word in spec.words:
+        if word == "*k":
+            words += [f"k{i}" for i in range(extra)]
+        elif word == "*1":
+            words += ["1"] * extra
+        else:
+            words.append(word)
+    return words
+
+
+def bind(layout: Layout, shapes: Mapping[str, Shape], known: Mapping[str, int], where: str) -> Sizes:
+    """Solve for the size of every axis.
+
+    `shapes` has one shape per tensor name of the layout; `known` are the sizes that the layer itself fixes
+    (`out`, `in`, `k0`, ...; empty where no layer is at hand); `where` names the layer in errors.
+
+    Raises:
+        ShapeError: a tensor is missing, has another number of axes, or disagrees with the layer or its partners.
+    """
+    sizes: Sizes = {"1": 1, **known}
+    witness = dict.fromkeys(known, "the layer")
+    kernel_axes = len(kernel_of(known)) if "out" in known else None
+    for name, spec in layout.specs.items():
+        if name not in shapes:
+            raise ShapeError(f"{where}.{spec.key}: this tensor is missing (expected '{spec.axes}')")
+        shape = tuple(shapes[name])
+        for word, size in zip(_spread(spec, shape, kernel_axes, where), shape, strict=True):
+            if sizes.setdefault(word, size) != size:
+                other = witness.get(word, "this axis")
+                raise ShapeError(
+                    f"{where}.{spec.key}: axis '{word}' is {size} here but {sizes[word]} in {other} "
+                    f"(expected '{spec.axes}', got {shape})"
+                )
+            witness.setdefault(word, spec.key)
+    for relation in layout.relations:
+        _relate(relation, sizes, witness, where)
+    del sizes["1"]
+    return sizes
+
+
+def _relate(relation: str, sizes: Sizes, witness: Mapping[str, str], where: str) -> None:
+    """Check `left = product of the right words`, or solve it where one size is unknown."""
+    left, right = relation.split(" = ")
+    words: list[str] = []
+    for word in right.split():
+        words += [f"k{i}" for i in range(len(kernel_of(sizes)))] if word == "*k" else [word]
+    unknown = [word for word in words if word not in sizes]
+    product = math.prod(sizes[word] for word in words if word in sizes)
+    if len(unknown) > 1 or (unknown and left not in sizes):
+        return
+    if unknown and sizes[left] % product == 0:
+        sizes[unknown[0]] = sizes[left] // product
+    elif unknown or sizes.setdefault(left, product) != product:
+        shown = " x ".join(str(sizes.get(word, "?")) for word in words)
+        raise ShapeError(
+            f"{where}: {left} = {' x '.join(words)} must be {sizes[left]} ({witness.get(left, 'the layer')}) "
+            f"but is {shown}{'' if unknown else f' = {product}'}"
+        )

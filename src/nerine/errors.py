@@ -1,0 +1,71 @@
+"""The errors of nerine, all in one tree, so that one ``except NerineError`` catches whatever the library raises.
+
+    NerineError
+    ├── ShapeError       (ValueError)    a tensor does not have the shape that its layer or its partner asks for
+    ├── OptionError      (TypeError)     a setting that does not exist, or a value it cannot take
+    ├── TargetError      (LookupError)   no layer was matched, or one was matched that must not be
+    ├── FormatError      (ValueError)    a file that cannot be read, is damaged, or belongs to another model
+    ├── UnsupportedBase  (TypeError)     a layer whose weight nerine cannot adapt
+    ├── MergeError       (RuntimeError)  merging at a time when the result would be wrong
+    └── MissingExtra     (ImportError)   an optional part that is not installed
+
+Every message says where, what was expected, what was found and what to do. This file knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "FormatError",
+    "MergeError",
+    "MissingExtra",
+    "NerineError",
+    "OptionError",
+    "ShapeError",
+    "TargetError",
+    "UnsupportedBase",
+    "nearest",
+]
+
+
+class NerineError(Exception):
+    """The root of every error that nerine raises."""
+
+
+class ShapeError(NerineError, ValueError):
+    """A tensor whose shape contradicts its layer or another tensor of the same adapter."""
+
+
+class OptionError(NerineError, TypeError):
+    """A setting that does not exist, or a value that the setting cannot take."""
+
+
+class TargetError(NerineError, LookupError):
+    """The rules match no layer, or a layer that must not be adapted this way."""
+
+
+class FormatError(NerineError, ValueError):
+    """A file that is damaged, of an unknown format, or made for another model."""
+
+
+class UnsupportedBase(NerineError, TypeError):
+    """A layer whose weight nerine does not know how to adapt."""
+
+
+class MergeError(NerineError, RuntimeError):
+    """A merge or unmerge that would give wrong numbers at this moment."""
+
+
+class MissingExtra(NerineError, ImportError):
+    """An optional dependency that is not installed; the message names the extra that brings it."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The end of an error message: the candidates closest to `name`, or all of them where none is close."""
+    known = sorted(set(candidates))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"Known: {', '.join(known)}." if known else "There are none."

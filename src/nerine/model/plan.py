@@ -1,0 +1,105 @@
+"""The dry run: what `attach` would do to each layer, without allocating a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nerine.algorithms import Algorithm, prefers_weight
+from nerine.model.layer import kind_of
+from nerine.model.targets import Rule, Targets, find_targets
+from nerine.tables import table
+
+__all__ = ["Plan", "PlanRow", "plan"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer: what it is, what it gets, and what that costs.
+
+    `cost` is multiply-adds of the adapter per output position over those of the layer; `path` says how it computes:
+    "factored" beside the layer, or "weight", as one product with the changed weight.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    algorithm: str
+    tensors: dict[str, tuple[int, ...]]
+    params: int
+    cost: float
+    path: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows for the layers that get an adapter, and the reasons of those that do not."""
+
+    rows: tuple[PlanRow, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    base_params: int = 0
+
+    @property
+    def params(self) -> int:
+        """Number of trained values."""
+        return sum(row.params for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "layers": [asdict(row) for row in self.rows],
+            "skipped": self.skipped,
+            "params": self.params,
+            "base_params": self.base_params,
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                r.layer,
+                r.kind,
+                "x".join(map(str, r.shape)),
+                r.algorithm,
+                f"{r.params:,}",
+                f"{r.cost:.1%}",
+                r.path,
+                r.note,
+            )
+            for r in self.rows
+        ]
+        lines = [table(("layer", "kind", "shape", "algorithm", "params", "cost", "path", "note"), rows)]
+        share = f" ({self.params / self.base_params:.2%} of the base)" if self.base_params else ""
+        lines.append(f"{len(self.rows)} layers, {self.params:,} trained values{share}")
+        lines += [f"left out: {path}: {why}" for path, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, what: Algorithm | Sequence[Rule], *, targets: Targets = "full") -> Plan:
+    """What `attach(model, what, targets=targets)` would do, layer by layer; the model is not touched.
+
+    Raises:
+        TargetError: no layer matches.
+        OptionError: `what` is neither an algorithm nor a list of rules.
+    """
+    chosen, skipped = find_targets(model, what, targets)
+    rows = []
+    for target in chosen:
+        design = target.algorithm.design(target.site)
+        cost = target.algorithm.cost(target.site, design)
+        rows.append(
+            PlanRow(
+                target.path,
+                kind_of(target.module),
+                target.site.shape,
+                str(target.algorithm),
+                design.shapes,
+                design.trained,
+                cost / target.site.dense,
+                "weight" if prefers_weight(cost, target.site.dense) else "factored",
+                design.note,
+            )
+        )
+    return Plan(tuple(rows), skipped, sum(p.numel() for p in model.parameters()))

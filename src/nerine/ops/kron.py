@@ -1,0 +1,68 @@
+"""Kronecker products: dense, applied to channels, and the row norms of a sum with one.
+
+(w1 ⊗ w2)[a·B + b, c·D + d, *k] = w1[a, c] · w2[b, d, *k]
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nerine.ops.precision import full_precision
+from nerine.ops.recompute import over_wide
+from nerine.ops.row_norm import row_square
+
+__all__ = ["factorize", "kron", "kron_row_square", "mix_channels"]
+
+
+def factorize(size: int, factor: int = -1) -> tuple[int, int]:
+    """Split `size` into two factors, the smaller one first.
+
+    With a positive `factor` that divides `size`, that factor and its cofactor. Otherwise the pair nearest to the
+    square root whose smaller factor is at most `factor` (no bound where it is negative).
+    Source: the rule by which LyCORIS files choose the shapes of LoKr, restated.
+    """
+    if factor > 0 and size % factor == 0:
+        small, large = sorted((factor, size // factor))
+        return small, large
+    bound = factor if factor > 0 else size
+    small = max(m for m in range(1, math.isqrt(size) + 1) if size % m == 0 and (m <= bound or m == 1))
+    return small, size // small
+
+
+def kron(w1: Tensor, w2: Tensor) -> Tensor:
+    """The dense product `[a·b, c·d, *k]` of `w1` `[a, c]` and `w2` `[b, d, *k]`."""
+    a, c = w1.shape
+    b, d, *kernel = w2.shape
+    left = w1.reshape(a, 1, c, 1, *[1] * len(kernel))
+    return (left * w2.reshape(1, b, 1, d, *kernel)).reshape(a * b, c * d, *kernel)
+
+
+def mix_channels(x: Tensor, w1: Tensor, channel: int) -> Tensor:
+    """Apply `w1` `[a, c]` to the coarse half of the channels.
+
+    `x` has `c·d` channels at dimension `channel` (negative); the result has `d` channels there and `a` right before.
+    """
+    split = x.unflatten(channel, (w1.shape[1], -1))
+    if channel == -1:
+        return torch.matmul(w1, split)  # [..., a, d]
+    coarse = split.movedim(channel - 1, -1)
+    return torch.matmul(coarse, w1.mT).movedim(-1, channel - 1)
+
+
+def kron_row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """Squared norms `[out]` of the rows of `weight + w1 ⊗ w2`, without the dense product."""
+    return over_wide(_row_square, weight, w1, w2)
+
+
+def _row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    a, c = w1.shape
+    b, taps = w2.shape[0], w2.flatten(1)
+    with full_precision(weight):
+        blocks = weight.reshape(a, b, c, -1)  # [a, b, c, d·Πk]
+        partial = (blocks @ taps[None, :, :, None])[..., 0]
+        cross = (partial * w1[:, None]).sum(2)  # [a, b]
+        own = w1.square().sum(1)[:, None] * taps.square().sum(1)
+        return row_square(weight) + (2 * cross + own).reshape(-1)

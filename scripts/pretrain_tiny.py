@@ -187,9 +187,7 @@ class Average:
         self.module.load_state_dict(self.weights)
 
 
-def train_model(
-    pipe: TinyPipeline, digits: Digits, progress: Progress, steps: int, batch: int, rate: float
-) -> float:
+def train_model(pipe: TinyPipeline, digits: Digits, progress: Progress, steps: int, batch: int, rate: float) -> float:
     """Trains UNet and text encoder together; seconds per step."""
     generator, rng = torch.Generator().manual_seed(1), random.Random(1)
     (train,) = (~digits.held).nonzero(as_tuple=True)
@@ -197,9 +195,7 @@ def train_model(
     groups = [{"params": list(module.parameters())} for module in modules]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     warm_up = min(0.5, 150 / steps)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, steps, pct_start=warm_up, cycle_momentum=False
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=warm_up, cycle_momentum=False)
     averages = [Average(module.train()) for module in modules]
     mean, start = 1.0, time.perf_counter()
     task = progress.add_task("model", total=steps)
@@ -279,7 +275,7 @@ def make_model(digits: Digits, args: argparse.Namespace, progress: Progress) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", choices=("pictures", "judge", "model"), help="one stage alone")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of the model")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of the model")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the UNet")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

@@ -1,15 +1,18 @@
 """The language of the tiny model: its words, the prompts it is trained on, and its tokenizer.
 
-The vocabulary is byte-level BPE, as CLIP's, so every text can be encoded; the words here and in tiny_words.txt are single tokens.
+The vocabulary is byte-level BPE, as CLIP's, so every text can be encoded; the words here and in tiny_words.txt
+are single tokens.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import CLIPTokenizer
 
 from nerine.tiny.data import DIGITS, prompt
@@ -62,20 +65,26 @@ def sample_prompts(digits: list[int], suffix: str = "") -> list[str]:
     return [prompt(digit) + suffix for digit in digits]
 
 
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """The merges that make each word one token: the most frequent pair first, the first in the alphabet of equals.
+
+    The tokenizers library can learn them too, but it breaks ties differently from run to run.
+    """
+    pieces = [[*word[:-1], word[-1] + WORD_END] for word in sorted(set(words))]
+    merges = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        left, right = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append((left, right))
+        for word in pieces:
+            for at in range(len(word) - 2, -1, -1):
+                if word[at : at + 2] == [left, right]:
+                    word[at : at + 2] = [left + right]
+    return merges
+
+
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with each word of this file as one token, and each single byte as another."""
-    words = [*DIGITS, *STYLE_WORDS, *PROMPT_WORDS, *FILLER_WORDS]
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000,
-        min_frequency=1,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix=WORD_END,
-    )
-    learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator(sorted(set(words)), trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges = learn_merges([*DIGITS, *STYLE_WORDS, *PROMPT_WORDS, *FILLER_WORDS])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}

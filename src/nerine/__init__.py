@@ -1,29 +1,56 @@
 """nerine: fine-tune models beyond LoRA, with one promise: train = merge = export = reload.
 
-import nerine
+    import nerine
 
-network = nerine.attach(model, nerine.DoRA(nerine.LoKr(rank=8)))
-...  # train network.parameters()
-nerine.save(network, "style.safetensors")
-nerine.load(other_model, "style.safetensors", strength=0.8).merge()
+    network = nerine.attach(model, nerine.DoRA(nerine.LoKr(rank=8)))
+    ...  # train network.parameters()
+    nerine.save(network, "style.safetensors")
+    nerine.load(other_model, "style.safetensors", strength=0.8).merge()
+
+The names below are all there is in public; each is imported when it is first asked for, so that the command line
+answers before torch is loaded.
 """
 
-from nerine.algorithms import DoRA, LoHa, LoKr, LoRA
-from nerine.api import load, save
-from nerine.errors import (
-    FormatError,
-    MergeError,
-    MissingExtra,
-    NerineError,
-    OptionError,
-    ShapeError,
-    TargetError,
-    UnsupportedBase,
-)
-from nerine.model.network import Network, attach
-from nerine.model.plan import plan
-from nerine.model.targets import Rule
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from nerine.version import __version__
+
+if TYPE_CHECKING:
+    from nerine.algorithms import DoRA, LoHa, LoKr, LoRA
+    from nerine.api import load, save
+    from nerine.errors import (
+        FormatError,
+        MergeError,
+        MissingExtra,
+        NerineError,
+        OptionError,
+        ShapeError,
+        TargetError,
+        UnsupportedBase,
+    )
+    from nerine.model.network import Network, attach
+    from nerine.model.plan import plan
+    from nerine.model.targets import Rule
+
+_HOMES = {
+    "nerine.algorithms": ("DoRA", "LoHa", "LoKr", "LoRA"),
+    "nerine.api": ("load", "save"),
+    "nerine.errors": (
+        "FormatError",
+        "MergeError",
+        "MissingExtra",
+        "NerineError",
+        "OptionError",
+        "ShapeError",
+        "TargetError",
+        "UnsupportedBase",
+    ),
+    "nerine.model.network": ("Network", "attach"),
+    "nerine.model.plan": ("plan",),
+    "nerine.model.targets": ("Rule",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DoRA",
@@ -46,3 +73,15 @@ __all__ = [
     "plan",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nerine' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

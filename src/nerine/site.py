@@ -116,9 +116,9 @@ class Site:
         conv = _CONV[len(self.kernel)]
         return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def bias_grad(self, grad: Tensor) -> Tensor:
-        """Gradient of a bias `[out]` from that of the output."""
-        return self.channels_last(grad).flatten(0, -2).sum(0)
+    def bias_grad(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gradient of a bias `[out]` of that format from the gradient of the output."""
+        return self.channels_last(grad).reshape(-1, self.shape[0]).sum(0).to(dtype)
 
     def product_grads(
         self, grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, bool]

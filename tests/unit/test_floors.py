@@ -12,6 +12,8 @@ from source_tree import PACKAGE, Source, sources
 FLOORS = {
     "errors": 0,
     "axes": 0,
+    "tables": 0,
+    "version": 0,
     "site": 1,
     "ops": 1,
     "algorithms": 2,

@@ -31,6 +31,7 @@ from nerine.site import Site
 
 __all__ = ["FLOOR", "Algorithm", "Call", "Design", "Params", "Sandwich", "prefers_weight"]
 
+BUILDING = 1.5  # the third product of the weight path and its building, in products of the layer's size (measured)
 FLOOR = 1e-12  # a row norm is never taken as less than this
 
 
@@ -62,13 +63,21 @@ class Design(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of one layer: its site, input, output, bias, and its weight for whoever asks for it."""
+    """One call of one layer: its site, input, output, bias, and its weight for whoever asks for it.
+
+    `fresh` says that `y` belongs to nobody else yet, so that `Algorithm.output` may add to it in place.
+    """
 
     site: Site
     x: Tensor
     y: Tensor  # the layer's own output, bias included
     bias: Tensor | None
     weight: Callable[[], Tensor]
+    fresh: bool = False
+
+    def plus(self, d: Tensor) -> Tensor:
+        """y + d, in the memory of y where that is nobody else's. Only for the last use of y."""
+        return self.y.add_(d) if self.fresh and self.y.dtype == d.dtype else self.y + d
 
     def without_bias(self) -> Tensor:
         """The layer's own output before its bias."""
@@ -94,9 +103,10 @@ def prefers_weight(cost: int, dense: int) -> bool:
     """Whether one product with the changed weight is cheaper than an activation face of `cost` beside the layer.
 
     In training the face takes three products (output, gradient to x, gradient to its factors); the changed weight
-    takes the layer's own two and one more, of the layer's size, for the gradient to the deviation.
+    takes the layer's own two, one more of the layer's size for the gradient to the deviation, and some passes over
+    memory to build it.
     """
-    return 3 * cost > dense
+    return 3 * cost > BUILDING * dense
 
 
 def _plain(x: Tensor, *_: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ class Algorithm(ABC):
         """W' - W for `weight` `[out, in/groups, *k]`, in the format of `weight` (at least fp32): the definition."""
 
     def weight(self, p: Params, weight: Tensor) -> Tensor:
-        """W', in at least fp32."""
+        """W', in at least fp32; *may* be overridden by a form that needs fewer passes."""
         weight = wide(weight)
         return weight + self.weight_deviation(p, weight)
 
@@ -194,7 +204,7 @@ class Algorithm(ABC):
 
     def output(self, p: Params, call: Call) -> Tensor:
         """The layer's output with this adapter alone, at strength one: y + deviation."""
-        return call.y + self.deviation(p, call)
+        return call.plus(self.deviation(p, call))
 
     @staticmethod
     def _contract(call: Call, build: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:

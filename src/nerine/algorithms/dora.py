@@ -17,6 +17,7 @@ from nerine.algorithms.settings import check_choice, check_flag
 from nerine.axes import Layout, Spec
 from nerine.errors import OptionError
 from nerine.ops.precision import same_dtype, wide
+from nerine.ops.rescale import rescale
 from nerine.ops.row_norm import norm_from_square, row_square
 from nerine.site import Site
 
@@ -127,23 +128,20 @@ class DoRA(Algorithm):
     def deviation(self, p: Params, call: Call) -> Tensor:
         if self.axis == "in":
             return super().deviation(p, call)
-        d, gain = self._inner_and_gain(p, call)
+        magnitude, inner = self._split(p)
+        gain = self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
+        d = self.inner.deviation(inner, call)
         return d + same_dtype(call.site.over_channels(gain - 1), d) * (call.without_bias() + d)
 
     def output(self, p: Params, call: Call) -> Tensor:
-        """m/|V| · (y + d) + bias, in two passes over the output instead of six."""
+        """m/|V| · (y + d) + (1 - m/|V|) · bias: one pass over the output of the inner adapter."""
         if self.axis == "in":
             return super().output(p, call)
-        d, gain = self._inner_and_gain(p, call)
-        u = call.y + d
-        over = same_dtype(call.site.over_channels(gain), u)
-        if call.bias is None:
-            return u * over
-        return torch.addcmul(same_dtype(call.site.over_channels(call.bias * (1 - gain)), u), u, over)
-
-    def _inner_and_gain(self, p: Params, call: Call) -> tuple[Tensor, Tensor]:
         magnitude, inner = self._split(p)
-        return self.inner.deviation(inner, call), self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
+        gain = self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
+        u = self.inner.output(inner, call)
+        offset = torch.zeros_like(gain) if call.bias is None else call.bias * (1 - gain)
+        return rescale(u, same_dtype(gain, u), same_dtype(offset, u), call.site.channel)
 
     def cost(self, site: Site, design: Design) -> int:
         return site.dense if self.axis == "in" else self.inner.cost(site, design)

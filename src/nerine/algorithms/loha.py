@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nerine.algorithms.base import Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Spec
 from nerine.ops.khatri_rao import paired_columns, paired_rows
-from nerine.ops.precision import full_precision
+from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import contract
 from nerine.ops.tucker import tucker
 from nerine.site import Site
@@ -77,6 +78,13 @@ class LoHa(Sandwich):
         if "t1" in t:
             return tucker(t["t1"], t["w1_a"].mT, t["w1_b"]) * tucker(t["t2"], t["w2_a"].mT, t["w2_b"])
         return ((t["w1_a"] @ t["w1_b"]) * (t["w2_a"] @ t["w2_b"])).reshape(shape)
+
+    def weight(self, p: Params, weight: Tensor) -> Tensor:
+        t = p.tensors
+        if "t1" in t:
+            return super().weight(p, weight)
+        first = (t["w1_a"] * p.scale) @ t["w1_b"]
+        return torch.addcmul(wide(weight), first.reshape(weight.shape), (t["w2_a"] @ t["w2_b"]).reshape(weight.shape))
 
     def add(self, p: Params, call: Call) -> Tensor:
         t, site = p.tensors, call.site

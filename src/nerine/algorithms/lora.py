@@ -69,12 +69,21 @@ class LoRA(Sandwich):
         up, down = self._factors(Params(p.tensors))
         return (up @ down.flatten(1)).reshape(shape)
 
-    def add(self, p: Params, call: Call) -> Tensor:
-        site = call.site
+    def _through(self, p: Params, call: Call) -> tuple[Tensor, Tensor]:
+        """down(x) and up, scale in it."""
         up, down = self._factors(p)
-        rank = down.shape[0]
-        h = site.narrow(rank).op(call.x, site.per_group(down))
-        return site.widen(rank).op(h, same_dtype(up, h).reshape(*up.shape, *[1] * len(site.kernel)))
+        h = call.site.narrow(down.shape[0]).op(call.x, call.site.per_group(down))
+        return h, same_dtype(up, h)
+
+    def add(self, p: Params, call: Call) -> Tensor:
+        h, up = self._through(p, call)
+        return call.site.widen(up.shape[1]).op(h, up.reshape(*up.shape, *[1] * len(call.site.kernel)))
+
+    def output(self, p: Params, call: Call) -> Tensor:
+        if not call.fresh or call.site.kind != "linear" or call.y.dim() != 2:
+            return super().output(p, call)
+        h, up = self._through(p, call)  # y + up·h as one product, in the memory of y
+        return call.y.addmm_(h, up.mT) if h.dtype == call.y.dtype else super().output(p, call)
 
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
         up, down = self._factors(p)

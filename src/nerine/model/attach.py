@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -150,7 +150,8 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
     y = base(*args, **kwargs)
     call = Call(mount.site, x, y, bias_of(layer), lambda: weight_of(layer))
     if len(active) == 1 and active[0].is_plain:
-        return active[0].algorithm.output(active[0](x), call)
+        fresh = before is None and plain_forward(layer)
+        return active[0].algorithm.output(active[0](x), replace(call, fresh=fresh))
     for adapter in active:
         y = y + adapter.weighted(adapter.algorithm.deviation(adapter(x), call))
     return y
@@ -177,6 +178,9 @@ def _weight_path(layer: nn.Module, site: Site, active: list[Adapter], x: Tensor)
         base = wide(weight)
         total = base
         with full_precision(weight):
+            if len(shares) == 1 and isinstance(shares[0][2], float) and shares[0][2] == 1.0:
+                algorithm, p, _ = shares[0]
+                return algorithm.weight(Params(dict(zip(p.tensors, values, strict=True)), p.scale), weight)
             for algorithm, p, strength in shares:
                 params = Params({name: next(rest) for name in p.tensors}, p.scale)
                 total = total + algorithm.weight_deviation(params, base) * strength

@@ -17,6 +17,9 @@ from nerine.ops.row_norm import row_square
 __all__ = ["factorize", "kron", "kron_row_square", "mix_channels"]
 
 
+CHUNK = 2**20  # elements of a weight that are worked on at a time, so that a temporary stays small
+
+
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
     """Split `size` into two factors, the smaller one first.
 
@@ -47,7 +50,10 @@ def mix_channels(x: Tensor, w1: Tensor, channel: int) -> Tensor:
     """
     split = x.unflatten(channel, (w1.shape[1], -1))
     if channel == -1:
-        return torch.matmul(w1, split)  # [..., a, d]
+        flat = split.reshape(-1, *split.shape[-2:])
+        # one small product for each position: broadcasting would transpose the whole activation instead
+        mixed = torch.bmm(w1.expand(flat.shape[0], -1, -1), flat)
+        return mixed.reshape(*split.shape[:-2], *mixed.shape[1:])  # [..., a, d]
     coarse = split.movedim(channel - 1, -1)
     return torch.matmul(coarse, w1.mT).movedim(-1, channel - 1)
 
@@ -62,7 +68,8 @@ def _row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     b, taps = w2.shape[0], w2.flatten(1)
     with full_precision(weight):
         blocks = weight.reshape(a, b, c, -1)  # [a, b, c, d·Πk]
-        partial = (blocks @ taps[None, :, :, None])[..., 0]
+        rows = max(1, CHUNK * a // max(1, weight.numel()))
+        partial = torch.cat([(part * taps[None, :, None]).sum(3) for part in blocks.split(rows)])
         cross = (partial * w1[:, None]).sum(2)  # [a, b]
         own = w1.square().sum(1)[:, None] * taps.square().sum(1)
         return row_square(weight) + (2 * cross + own).reshape(-1)

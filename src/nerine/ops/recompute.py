@@ -28,7 +28,7 @@ class Operation(Protocol):
         self, grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]: ...
 
-    def bias_grad(self, grad: Tensor) -> Tensor: ...
+    def bias_grad(self, grad: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 Build = Callable[..., Tensor]
@@ -102,7 +102,7 @@ class _Contract(torch.autograd.Function):
             weight = ctx.build(*leaves[1:])
         need = (z.requires_grad, weight.requires_grad)
         grads = ctx.operation.product_grads(grad, z.detach(), weight.detach(), need)
-        gb = ctx.operation.bias_grad(grad).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+        gb = ctx.operation.bias_grad(grad, ctx.bias_dtype) if ctx.needs_input_grad[3] else None
         return (None, None, None, gb, *_pull((z, weight), grads, leaves))
 
 

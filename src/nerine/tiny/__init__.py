@@ -1,7 +1,7 @@
 """A complete text-to-image diffusion model of a few megabytes, trained, with pictures to fine-tune it on.
 
-It draws handwritten digits at 16 px and fine-tunes within a minute or two on a laptop's CPU: for demos, tests and
-first steps. Importing this package is cheap; diffusers and transformers are imported by `load_pipeline`
+It draws handwritten digits at 16 px and fine-tunes within a minute or two on a laptop's CPU: for demos, tests
+and first steps. Importing this package is cheap; diffusers and transformers are imported by `load_pipeline`
 alone, and come with `pip install "nerine[train]"`.
 """
 

@@ -1,8 +1,8 @@
 """The pictures that ship with the package: real handwritten digits in a few looks, with their prompts.
 
-Each style is shown for the digits 0 to 4 (train) and kept back for 5 to 9 (held out), so that one can see whether a
-fine-tuned model has learnt the style or only the pictures. The pictures lie in sheets of square tiles, described line by line
-in `pictures/metadata.jsonl`. Needs Pillow, and no scikit-learn.
+Each style is shown for the digits 0 to 4 (train) and kept back for 5 to 9 (held out), so that one can see
+whether a fine-tuned model has learnt the style or only the pictures. The pictures lie in sheets of square tiles,
+described line by line in `pictures/metadata.jsonl`. Needs Pillow, and no scikit-learn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True)
 class StyleSet:
-    """One style: `train` shows the digits 0 to 4, `held_out` the digits 5 to 9, from writers' other pictures."""
+    """One style: `train` shows the digits 0 to 4, `held_out` the digits 5 to 9."""
 
     name: str
     train: Split

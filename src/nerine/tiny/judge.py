@@ -1,4 +1,4 @@
-"""A very small reader of handwritten digits: it says which digit a picture shows, so that results can be counted.
+"""A very small reader of handwritten digits: it says which digit a picture shows, so results can be counted.
 
 Trained on the plain strokes of real digits alone, never on drawn samples and never in a style; a styled picture
 is first turned back into strokes. Knows nothing of the model that drew the picture.

@@ -53,9 +53,7 @@ def _fill(module: Any, file: Path, dtype: torch.dtype) -> Any:
     """The module with the file's weights, in eval mode and that dtype."""
     own = module.state_dict()
     found = load_file(file)
-    module.load_state_dict(
-        {key if key in own else key.removeprefix(TEXT_PREFIX): found[key] for key in found}
-    )
+    module.load_state_dict({key if key in own else key.removeprefix(TEXT_PREFIX): found[key] for key in found})
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

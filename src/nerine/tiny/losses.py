@@ -15,9 +15,7 @@ from torch import Tensor, nn
 TIMESTEPS = 1000  # the unet counts time from 0 (picture) to 1000 (noise)
 
 
-def denoising_loss(
-    unet: nn.Module, text_states: Tensor, pictures: Tensor, generator: torch.Generator
-) -> Tensor:
+def denoising_loss(unet: nn.Module, text_states: Tensor, pictures: Tensor, generator: torch.Generator) -> Tensor:
     """The loss of one batch at random noise and logit-normal times; a 0-d tensor with a gradient.
 
     `text_states [n, tokens, dim]`, `pictures [n, 3, h, w]` in [-1, 1]. The random numbers are drawn on the

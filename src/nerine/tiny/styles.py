@@ -74,7 +74,8 @@ def _draw_neon(strokes: Tensor) -> Tensor:
 
 
 def _read_neon(rgb: Tensor) -> Tensor:
-    return rgb[:, :1].clamp(0, 1) ** (1 / CORE)  # only the core is red
+    red = (rgb[:, :1] - NAVY[0]) / (MAGENTA[0] - NAVY[0])  # only the core is red; the glow has less than the ground
+    return red.clamp(0, 1) ** (1 / CORE)
 
 
 def _draw_paper(strokes: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def test_the_styles_show_the_same_strokes() -> None:
     plain = styles.read(style_set("plain").train.pictures, "plain")
     for name in STYLES:
         strokes = styles.read(style_set(name).train.pictures, name)
-        torch.testing.assert_close(strokes, plain, atol=0.04, rtol=0)
+        torch.testing.assert_close(strokes, plain, atol=0.15, rtol=0)
+        assert (strokes - plain).abs().mean() < 0.02
 
 
 def test_drawing_and_reading_undo_each_other() -> None:

@@ -1,0 +1,54 @@
+"""The command line: one file a command, each parses, calls the library and shows the report.
+
+Nothing here is imported by the rest, and no command imports torch before it runs, so that help comes at once.
+Exit codes: 0 done, 1 the library refused (one paragraph on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from nerine.cli.demo import demo
+from nerine.version import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="nerine",
+    help="Fine-tune models beyond LoRA: train = merge = export = reload.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """Fine-tune models beyond LoRA: train = merge = export = reload."""
+
+
+def main() -> None:
+    """The entry point `nerine`."""
+    from nerine.errors import NerineError
+
+    try:
+        app()
+    except NerineError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,41 @@
+"""Train = merge: what the adapted layer computes is what the changed weight computes, and so are all gradients."""
+
+from __future__ import annotations
+
+import pytest
+
+from contract.battery import check_faces, check_gradients, check_output, check_row_norm
+from contract.cases import ALGORITHMS, FEW, PLACES, Place
+from nerine.algorithms import Algorithm
+
+pytestmark = [
+    pytest.mark.no_device_guard,  # one device only, and thousands of small operations
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),  # torch's, of the base layer
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_faces(algorithm: Algorithm, place: Place) -> None:
+    check_faces(algorithm, place)
+
+
+@pytest.mark.parametrize("place", FEW, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_output_is_base_and_deviation(algorithm: Algorithm, place: Place) -> None:
+    check_output(algorithm, place)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if getattr(a, "axis", "") != "in"], ids=str)
+def test_row_norm(algorithm: Algorithm, place: Place) -> None:
+    check_row_norm(algorithm, place)
+
+
+TINY = tuple(place for place in PLACES if place.name in ("linear one vector", "conv1d unbatched"))
+
+
+@pytest.mark.parametrize("place", TINY, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_gradients_by_finite_differences(algorithm: Algorithm, place: Place) -> None:
+    check_gradients(algorithm, place)

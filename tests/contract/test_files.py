@@ -1,0 +1,29 @@
+"""Train = export = reload: a file gives back the tensors and the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from contract.battery import check_file
+from contract.cases import ALGORITHMS, FEW, PRODUCT, Place
+from nerine.algorithms import Algorithm
+
+pytestmark = [
+    pytest.mark.no_device_guard,  # one device only, and thousands of small operations
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),  # torch's, of the base layer
+]
+
+
+@pytest.mark.parametrize(("algorithm", "place"), PRODUCT, ids=str)
+def test_file(algorithm: Algorithm, place: Place, tmp_path: Path) -> None:
+    check_file(algorithm, place, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", FEW, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_file_in_half_precision(algorithm: Algorithm, place: Place, dtype: torch.dtype, tmp_path: Path) -> None:
+    check_file(algorithm, place, tmp_path, dtype)

@@ -1,0 +1,113 @@
+"""What happens to a module in real life: copies, checkpointing, compiling, little memory."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+
+import nerine
+from contract.battery import check_checkpointing, check_copies, check_memory, input_at, layer_at, stir
+from contract.cases import ALGORITHMS, FEW, ONE_OF_EACH, PLACES, Place, around
+from nerine.algorithms import Algorithm, LoHa, LoKr, LoRA
+
+pytestmark = pytest.mark.no_device_guard  # one device only, and many small operations
+
+NOISES = {"no noise": {}, "all noise": {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}}
+
+
+@pytest.mark.parametrize("place", FEW, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_copies(algorithm: Algorithm, place: Place) -> None:
+    check_copies(algorithm, place)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
+@pytest.mark.parametrize("place", FEW, ids=str)
+@pytest.mark.parametrize("algorithm", ONE_OF_EACH, ids=str)
+def test_checkpointing(algorithm: Algorithm, place: Place, reentrant: bool, noise: str) -> None:
+    check_checkpointing(algorithm, place, reentrant, **NOISES[noise])
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("algorithm", ONE_OF_EACH, ids=str)
+def test_compile(algorithm: Algorithm, backend: str, noise: str) -> None:
+    """One graph for a linear layer and a convolution, with gradients, on either path."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(2), nn.Linear(12, 10)).requires_grad_(False)
+    network = nerine.attach(model, algorithm, **NOISES[noise])
+    stir(network)
+    for (*_, adapter), through_weight in zip(network.adapters(), (False, True), strict=True):
+        adapter.prefers_weight = through_weight
+    x = torch.randn(2, 4, 3, 4)
+
+    def run(call) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(5)
+        y = call(x)
+        y.square().mean().backward()
+        return [y.detach(), *(p.grad for p in network.parameters())]
+
+    compiled = run(torch.compile(model, backend=backend, fullgraph=True))
+    for got, want in zip(compiled, run(model), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=1e-6)
+
+
+MEMORY = tuple(
+    chain.from_iterable(
+        around(algorithm)
+        for algorithm in (
+            LoRA(rank=3, alpha=1.0),
+            LoRA(rank=3, alpha=1.0, tucker=True, scalar=True),
+            LoHa(rank=4, alpha=1.0),
+            LoHa(rank=4, alpha=1.0, tucker=True),
+            LoKr(rank=2, alpha=1.0),
+            LoKr(rank=2, alpha=1.0, decompose_both=True, tucker=True),
+            LoKr(full_matrix=True, factor=6, scalar=True),
+        )
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("algorithm", MEMORY, ids=str)
+def test_memory_of_a_linear_layer(algorithm: Algorithm, dtype: torch.dtype) -> None:
+    """Not even LoHa's factors of rank r² are kept: the limit is below their size."""
+    check_memory(algorithm, nn.Linear(66, 48).to(dtype), torch.randn(3, 66, dtype=dtype), limit=16 * 48)
+
+
+@pytest.mark.parametrize("algorithm", MEMORY, ids=str)
+def test_memory_of_a_convolution(algorithm: Algorithm) -> None:
+    check_memory(algorithm, nn.Conv2d(20, 24, 3, padding=1), torch.randn(1, 20, 3, 4), limit=20 * 24 * 9)
+
+
+@pytest.mark.parametrize("algorithm", MEMORY, ids=str)
+def test_memory_of_a_prime_layer(algorithm: Algorithm) -> None:
+    """A Kronecker product of a prime side has a factor of the whole side; even so nothing of out x in is kept."""
+    check_memory(algorithm, nn.Linear(67, 48), torch.randn(3, 67), limit=67 * 48)
+
+
+@pytest.mark.parametrize("algorithm", MEMORY, ids=str)
+def test_memory_of_a_grouped_convolution(algorithm: Algorithm) -> None:
+    check_memory(algorithm, nn.Conv2d(40, 24, 3, groups=2), torch.randn(1, 40, 3, 3), limit=20 * 24 * 9)
+
+
+@pytest.mark.parametrize("algorithm", ONE_OF_EACH, ids=str)
+def test_double_use_of_one_layer_in_one_forward(algorithm: Algorithm) -> None:
+    """A layer called twice before backward, as in a recurrent model."""
+    place = next(p for p in PLACES if p.name == "linear square")
+    model = nn.Sequential(layer_at(place))
+    network = nerine.attach(model, algorithm)
+    stir(network)
+    x = input_at(place, requires_grad=True)
+    model(model(x)).sum().backward()
+    want = x.grad
+    weight = next(network.adapters())[2].algorithm.weight(next(network.adapters())[2].folded(), model[0].weight)
+    x.grad = None
+    nn.functional.linear(nn.functional.linear(x, weight, model[0].bias), weight, model[0].bias).sum().backward()
+    torch.testing.assert_close(x.grad, want)

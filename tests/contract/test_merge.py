@@ -1,0 +1,27 @@
+"""Merging gives what the forward gives, and unmerging gives back the very bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from contract.battery import check_merge, check_unmerge
+from contract.cases import ALGORITHMS, FEW, PRODUCT, Place
+from nerine.algorithms import Algorithm
+
+pytestmark = [
+    pytest.mark.no_device_guard,  # one device only, and thousands of small operations
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),  # torch's, of the base layer
+]
+
+
+@pytest.mark.parametrize(("algorithm", "place"), PRODUCT, ids=str)
+def test_merge_equals_forward(algorithm: Algorithm, place: Place) -> None:
+    check_merge(algorithm, place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", FEW, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_unmerge_is_bitwise(algorithm: Algorithm, place: Place, dtype: torch.dtype) -> None:
+    check_unmerge(algorithm, place, dtype)

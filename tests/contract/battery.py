@@ -301,7 +301,7 @@ def check_file(algorithm: Algorithm, place: Place, folder: Path, dtype: torch.dt
     if dtype is None:
         close(again(x), model(x), f"{algorithm} at {place}: loaded")
     else:
-        assert 0 < float((again(x) - model(x)).norm() / (model(x) - layer_at(place)(x)).norm()) < 0.05
+        assert 0 < float((again(x) - model(x)).detach().norm() / (model(x) - layer_at(place)(x)).detach().norm()) < 0.05
 
 
 # -- copies and machinery --------------------------------------------------------------------------------------------

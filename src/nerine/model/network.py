@@ -146,9 +146,9 @@ class Network:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("<layer>.<tensor>", parameter); with several names "<layer>.<name>.<tensor>"."""
         for path, name, adapter in self.adapters():
-            middle = f"{name}." if len(self.names) > 1 else ""
+            owner = (path, name) if len(self.names) > 1 else (path,)
             for key, parameter in adapter.named_parameters(recurse=False):
-                yield f"{path}.{middle}{key}", parameter
+                yield ".".join(filter(None, (*owner, key))), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained tensors, for an optimiser."""

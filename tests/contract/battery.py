@@ -9,6 +9,7 @@ tensor has the value that it starts with. The layer's own class, with another we
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -42,9 +43,14 @@ def close(got: Tensor, want: Tensor, what: str, tolerance: float = EXACT) -> Non
 
 def layer_at(place: Place, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The frozen layer of `place`, the same at each call."""
+    return copy.deepcopy(_built(place)).to(dtype)
+
+
+@functools.cache
+def _built(place: Place) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        return place.make().to(dtype).requires_grad_(False)
+        return place.make().to(torch.float64).requires_grad_(False)
 
 
 def input_at(place: Place, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Tensor:
@@ -198,7 +204,7 @@ def check_moves_at_first(algorithm: Algorithm, place: Place) -> None:
     network = nerine.attach(model, algorithm)
     model(input_at(place)).square().sum().backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    assert all(torch.isfinite(g).all() for g in gradients)
+    assert all(torch.isfinite(g).all() for g in gradients), f"{algorithm} at {place}"
     assert any(g.any() for g in gradients), f"{algorithm} at {place} cannot learn"
 
 
@@ -211,16 +217,16 @@ def check_strength(algorithm: Algorithm, place: Place) -> None:
     for through_weight in (False, True):
         with path_of(adapter, through_weight):
             network.strength = 0
-            assert torch.equal(model(x), base)
+            assert torch.equal(model(x), base), f"{algorithm} at {place}"
             for strength in (0.3, 1, -1, 2.5):
                 network.strength = strength
                 close(model(x) - base, strength * whole, f"{algorithm} at {place}, strength {strength}")
     network.off()
-    assert torch.equal(model(x), base)
+    assert torch.equal(model(x), base), f"{algorithm} at {place}"
     network.on()
     with network.paused():
-        assert torch.equal(model(x), base)
-    assert not torch.equal(model(x), base)
+        assert torch.equal(model(x), base), f"{algorithm} at {place}"
+    assert not torch.equal(model(x), base), f"{algorithm} at {place}"
 
 
 def check_stack(algorithms: tuple[Algorithm, ...], place: Place) -> None:
@@ -256,7 +262,7 @@ def check_merge(algorithm: Algorithm, place: Place) -> None:
         network.merge()
         close(model(x), before, f"{algorithm} at {place}: merged at {strength}")
         network.unmerge()
-        assert torch.equal(model(x), before)
+        assert torch.equal(model(x), before), f"{algorithm} at {place}"
 
 
 def check_unmerge(algorithm: Algorithm, place: Place, dtype: torch.dtype) -> None:
@@ -269,12 +275,14 @@ def check_unmerge(algorithm: Algorithm, place: Place, dtype: torch.dtype) -> Non
     exact = algorithm.weight(wide, bits.double())
     for _ in range(2):
         network.merge()
-        assert not torch.equal(weight, bits)
         assert weight.dtype == dtype
+        assert not torch.equal(weight, bits), f"{algorithm} at {place}"
         error = (weight.double() - exact).abs()
-        assert (error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all(), "rounded more than once"
+        assert (error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all(), (
+            f"{algorithm} at {place}: rounded more than once"
+        )
         network.unmerge()
-        assert torch.equal(weight.view(torch.uint8), bits.view(torch.uint8))
+        assert torch.equal(weight.view(torch.uint8), bits.view(torch.uint8)), f"{algorithm} at {place}"
         assert weight.data_ptr() == address
         for key, tensor in network.state_dict().items():
             assert torch.equal(tensor.view(torch.uint8), tensors[key].view(torch.uint8)), key
@@ -290,18 +298,21 @@ def check_file(algorithm: Algorithm, place: Place, folder: Path, dtype: torch.dt
     again = nn.Sequential(layer_at(place))
     loaded = nerine.load(again, file, strict=True)
     ((_, _, other),) = loaded.adapters()
+    where = f"{algorithm} at {place}"
     assert str(other.algorithm) == str(algorithm)
-    assert other.scale == adapter.scale
+    assert other.scale == adapter.scale, where
     want = adapter.folded().tensors
     assert set(other.folded().tensors) == set(want)
     for name, tensor in other.folded().tensors.items():
         exact = dtype is None or name == "magnitude"
-        assert torch.equal(tensor, want[name] if exact else want[name].to(dtype)), name
+        assert torch.equal(tensor, want[name] if exact else want[name].to(dtype)), f"{where}: {name}"
     x = input_at(place)
     if dtype is None:
         close(again(x), model(x), f"{algorithm} at {place}: loaded")
     else:
-        assert 0 < float((again(x) - model(x)).detach().norm() / (model(x) - layer_at(place)(x)).detach().norm()) < 0.05
+        assert (
+            0 < float((again(x) - model(x)).detach().norm() / (model(x) - layer_at(place)(x)).detach().norm()) < 0.05
+        ), where
 
 
 # -- copies and machinery --------------------------------------------------------------------------------------------
@@ -318,7 +329,7 @@ def check_copies(algorithm: Algorithm, place: Place) -> None:
         for parameter in network.parameters():
             parameter.zero_()
     for twin in copies:
-        assert torch.equal(twin(x), want)
+        assert torch.equal(twin(x), want), f"{algorithm} at {place}"
         of_twin = nerine.Network.of(twin)
         of_twin.detach()
         assert torch.equal(twin(x), layer_at(place)(x))
@@ -345,8 +356,14 @@ def check_checkpointing(algorithm: Algorithm, place: Place, reentrant: bool, **n
         assert torch.equal(a, b), f"{algorithm} at {place}: gradient to {key}"
 
 
-def _living_tensors() -> list[Tensor]:
-    return [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+@contextmanager
+def _new_tensors() -> Iterator[Callable[[], list[Tensor]]]:
+    """A function that lists the tensors that Python has made since and still holds."""
+    gc.freeze()
+    try:
+        yield lambda: [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    finally:
+        gc.unfreeze()
 
 
 def check_memory(algorithm: Algorithm, layer: nn.Module, x: Tensor, limit: int) -> None:
@@ -363,13 +380,10 @@ def check_memory(algorithm: Algorithm, layer: nn.Module, x: Tensor, limit: int) 
             kept.append(t)
             return t
 
-        gc.collect()
-        known = {id(t) for t in _living_tensors()}
-        with path_of(adapter, through_weight), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = model(x)
-        kept += [t for t in _living_tensors() if id(t) not in known]  # those that closures hold
-        large = {
-            (tuple(t.shape), t.dtype) for t in kept if t.numel() >= limit and t.untyped_storage().data_ptr() != base
-        }
+        with _new_tensors() as living:
+            with path_of(adapter, through_weight), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                y = model(x)
+            kept += living()  # those that closures hold
+        large = {(*t.shape, t.dtype) for t in kept if t.numel() >= limit and t.untyped_storage().data_ptr() != base}
         assert not large, f"{algorithm}, {'weight' if through_weight else 'factored'} path: kept {large}"
         y.sum().backward()

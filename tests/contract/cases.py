@@ -95,6 +95,7 @@ PLACES = LINEARS + CONVS
 FEW = tuple(
     place for place in PLACES if place.name in ("linear", "linear prime", "conv2d strided", "conv1d unbatched")
 )  # for contracts that the geometry has little to do with
+TINY = tuple(place for place in PLACES if place.name in ("linear one vector", "conv1d unbatched"))
 
 
 def around(algorithm: Algorithm) -> tuple[Algorithm, ...]:
@@ -109,8 +110,8 @@ def _all(first_only: bool) -> tuple[Algorithm, ...]:
 
 ALGORITHMS = _all(first_only=False)
 ONE_OF_EACH = _all(first_only=True)
-PRODUCT = tuple(
-    (algorithm, place)
-    for algorithm in ALGORITHMS
-    for place in (PLACES if algorithm in ONE_OF_EACH else FEW)  # the faces have the full product
-)
+
+
+def places_for(algorithm: Algorithm) -> tuple[Place, ...]:
+    """All places for one variant of each algorithm, few for the others (only the faces see the full product)."""
+    return PLACES if algorithm in ONE_OF_EACH else FEW

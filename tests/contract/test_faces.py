@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from contract.battery import check_faces, check_gradients, check_output, check_row_norm
-from contract.cases import ALGORITHMS, FEW, PLACES, Place
+from contract.cases import ALGORITHMS, FEW, PLACES, TINY
 from nerine.algorithms import Algorithm
 
 pytestmark = [
@@ -14,28 +14,25 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
-def test_faces(algorithm: Algorithm, place: Place) -> None:
-    check_faces(algorithm, place)
+def test_faces(algorithm: Algorithm) -> None:
+    for place in PLACES:
+        check_faces(algorithm, place)
 
 
-@pytest.mark.parametrize("place", FEW, ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
-def test_output_is_base_and_deviation(algorithm: Algorithm, place: Place) -> None:
-    check_output(algorithm, place)
+def test_output_is_base_and_deviation(algorithm: Algorithm) -> None:
+    for place in FEW:
+        check_output(algorithm, place)
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if getattr(a, "axis", "") != "in"], ids=str)
-def test_row_norm(algorithm: Algorithm, place: Place) -> None:
-    check_row_norm(algorithm, place)
+def test_row_norm(algorithm: Algorithm) -> None:
+    for place in PLACES:
+        check_row_norm(algorithm, place)
 
 
-TINY = tuple(place for place in PLACES if place.name in ("linear one vector", "conv1d unbatched"))
-
-
-@pytest.mark.parametrize("place", TINY, ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
-def test_gradients_by_finite_differences(algorithm: Algorithm, place: Place) -> None:
-    check_gradients(algorithm, place)
+def test_gradients_by_finite_differences(algorithm: Algorithm) -> None:
+    for place in TINY:
+        check_gradients(algorithm, place)

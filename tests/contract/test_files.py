@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contract.battery import check_file
-from contract.cases import ALGORITHMS, FEW, PRODUCT, Place
+from contract.cases import ALGORITHMS, FEW, places_for
 from nerine.algorithms import Algorithm
 
 pytestmark = [
@@ -17,13 +17,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "place"), PRODUCT, ids=str)
-def test_file(algorithm: Algorithm, place: Place, tmp_path: Path) -> None:
-    check_file(algorithm, place, tmp_path)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_file(algorithm: Algorithm, tmp_path: Path) -> None:
+    for place in places_for(algorithm):
+        check_file(algorithm, place, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("place", FEW, ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
-def test_file_in_half_precision(algorithm: Algorithm, place: Place, dtype: torch.dtype, tmp_path: Path) -> None:
-    check_file(algorithm, place, tmp_path, dtype)
+def test_file_in_half_precision(algorithm: Algorithm, dtype: torch.dtype, tmp_path: Path) -> None:
+    for place in FEW:
+        check_file(algorithm, place, tmp_path, dtype)

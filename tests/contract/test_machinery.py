@@ -11,7 +11,7 @@ from torch import nn
 
 import nerine
 from contract.battery import check_checkpointing, check_copies, check_memory, input_at, layer_at, stir
-from contract.cases import ALGORITHMS, FEW, ONE_OF_EACH, PLACES, Place, around
+from contract.cases import ALGORITHMS, FEW, ONE_OF_EACH, PLACES, around
 from nerine.algorithms import Algorithm, LoHa, LoKr, LoRA
 
 pytestmark = pytest.mark.no_device_guard  # one device only, and many small operations
@@ -19,22 +19,21 @@ pytestmark = pytest.mark.no_device_guard  # one device only, and many small oper
 NOISES = {"no noise": {}, "all noise": {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}}
 
 
-@pytest.mark.parametrize("place", FEW, ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
-def test_copies(algorithm: Algorithm, place: Place) -> None:
-    check_copies(algorithm, place)
+def test_copies(algorithm: Algorithm) -> None:
+    for place in FEW:
+        check_copies(algorithm, place)
 
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
-@pytest.mark.parametrize("place", FEW, ids=str)
 @pytest.mark.parametrize("algorithm", ONE_OF_EACH, ids=str)
-def test_checkpointing(algorithm: Algorithm, place: Place, reentrant: bool, noise: str) -> None:
-    check_checkpointing(algorithm, place, reentrant, **NOISES[noise])
+def test_checkpointing(algorithm: Algorithm, reentrant: bool, noise: str) -> None:
+    for place in FEW:
+        check_checkpointing(algorithm, place, reentrant, **NOISES[noise])
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("backend", "noise"), [("eager", "all noise"), ("aot_eager", "no noise")])
 @pytest.mark.parametrize("algorithm", ONE_OF_EACH, ids=str)
 def test_compile(algorithm: Algorithm, backend: str, noise: str) -> None:
     """One graph for a linear layer and a convolution, with gradients, on either path."""

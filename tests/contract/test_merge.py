@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contract.battery import check_merge, check_unmerge
-from contract.cases import ALGORITHMS, FEW, PRODUCT, Place
+from contract.cases import ALGORITHMS, FEW, places_for
 from nerine.algorithms import Algorithm
 
 pytestmark = [
@@ -15,13 +15,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "place"), PRODUCT, ids=str)
-def test_merge_equals_forward(algorithm: Algorithm, place: Place) -> None:
-    check_merge(algorithm, place)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_merge_equals_forward(algorithm: Algorithm) -> None:
+    for place in places_for(algorithm):
+        check_merge(algorithm, place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("place", FEW, ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
-def test_unmerge_is_bitwise(algorithm: Algorithm, place: Place, dtype: torch.dtype) -> None:
-    check_unmerge(algorithm, place, dtype)
+def test_unmerge_is_bitwise(algorithm: Algorithm, dtype: torch.dtype) -> None:
+    for place in FEW:
+        check_unmerge(algorithm, place, dtype)

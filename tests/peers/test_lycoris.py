@@ -140,7 +140,7 @@ def test_we_compute_the_same_from_their_file(settings: dict[str, Any], net: Net,
 # -- where LyCORIS 4.1.3 differs, and why we do not follow --------------------------------------------------------
 @pytest.mark.parametrize("algo", ["loha", "lokr"])
 def test_their_merge_applies_alpha_twice(algo: str, net: Net, x: Tensor, tmp_path: Path) -> None:
-    """LyCORIS merges LoHa and LoKr with (alpha/rank)²: its merged model is not the one it trained. We follow training."""
+    """LyCORIS merges LoHa and LoKr with (alpha/rank)²: the merged model is not the trained one."""
     base, plain = copy.deepcopy(net), copy.deepcopy(net)
     theirs = lycoris.create_lycoris(net, 1.0, linear_dim=1, linear_alpha=0.5, algo=algo)
     theirs.apply_to()

@@ -19,8 +19,7 @@ def _is_swallowed(handler: ast.ExceptHandler) -> bool:
     caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
     is_wide = any(c is None or dotted(c) in {"Exception", "BaseException"} for c in caught)
     is_silent = all(
-        isinstance(s, (ast.Pass, ast.Continue))
-        or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+        isinstance(s, (ast.Pass, ast.Continue)) or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
         for s in handler.body
     )
     return is_wide and is_silent

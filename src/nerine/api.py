@@ -15,7 +15,7 @@ from nerine.files.checkpoint import Checkpoint, Record, SaveReport
 from nerine.files.dialects import DIALECTS
 from nerine.files.meta import write_meta
 from nerine.files.store import open_file, write_file
-from nerine.model.adapter import Noise
+from nerine.model.adapter import Noise, check_strength
 from nerine.model.attach import mount_of
 from nerine.model.layer import is_layer, site_of, weight_of
 from nerine.model.network import Fitting, Network, check_name, fit_in
@@ -115,6 +115,7 @@ def load(
         return _resume(model, file, strict)
     if not isinstance(model, nn.Module):
         raise OptionError(f"load: expected a torch.nn.Module or a Network, got {type(model).__name__}")
+    check_strength(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
     layers, sites = _sites(model)

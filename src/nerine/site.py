@@ -116,6 +116,12 @@ class Site:
         conv = _CONV[len(self.kernel)]
         return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def add_product(self, into: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Add the product of a linear site to the contiguous `into`, in place; its elements are taken row by row."""
+        rows = into.view(-1, weight.shape[0])
+        rows.addmm_(x.to(into.dtype).reshape(-1, x.shape[-1]), weight.to(into.dtype).mT)
+        return into
+
     def bias_grad(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Gradient of a bias `[out]` of that format from the gradient of the output."""
         return self.channels_last(grad).reshape(-1, self.shape[0]).sum(0).to(dtype)
@@ -125,6 +131,7 @@ class Site:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of `product` to `x` and `weight`, each in the format of its tensor."""
         with full_precision(grad):
+            grad = grad.reshape(*x.shape[:-1], -1) if self.kind == "linear" else grad
             gx, gw = self._raw_grads(grad, x.to(grad.dtype), weight.to(grad.dtype), need)
         return None if gx is None else gx.to(x.dtype), None if gw is None else gw.to(weight.dtype)
 

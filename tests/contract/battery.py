@@ -38,7 +38,7 @@ def close(got: Tensor, want: Tensor, what: str, tolerance: float = EXACT) -> Non
     got, want = got.detach().double(), want.detach().double()
     error = float((got - want).abs().max()) if want.numel() else 0.0
     size = float(want.abs().max()) if want.numel() else 0.0
-    assert error <= tolerance * max(size, 1e-3), f"{what}: off by {error:.3e}, entries up to {size:.3e}"
+    assert error <= tolerance * max(size, 1e-2), f"{what}: off by {error:.3e}, entries up to {size:.3e}"
 
 
 def layer_at(place: Place, dtype: torch.dtype = torch.float64) -> nn.Module:

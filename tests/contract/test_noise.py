@@ -17,6 +17,7 @@ pytestmark = pytest.mark.no_device_guard  # one device only, and many small oper
 LINEAR = next(p for p in PLACES if p.name == "linear")
 # DoRA's norm makes the deviation bend in the factors, so that only what is linear keeps its mean
 STRAIGHT = [REGISTRY[name](**settings) for name, variants in SETTINGS.items() for settings in variants]
+ONE_RANK = [a for a in ALGORITHMS if getattr(getattr(a, "inner", a), "rank", 0) == 1]
 
 
 def noisy(algorithm: Algorithm, place: Place, **noise: float) -> tuple[nn.Sequential, Adapter, Tensor, Tensor]:

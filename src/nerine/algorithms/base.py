@@ -75,6 +75,11 @@ class Call:
     weight: Callable[[], Tensor]
     fresh: bool = False
 
+    @property
+    def sink(self) -> Tensor | None:
+        """y, where a product can be added to it in place: it is fresh, and the layer is linear."""
+        return self.y if self.fresh and self.site.kind == "linear" and self.y.is_contiguous() else None
+
     def plus(self, d: Tensor) -> Tensor:
         """y + d, in the memory of y where that is nobody else's. Only for the last use of y."""
         return self.y.add_(d) if self.fresh and self.y.dtype == d.dtype else self.y + d
@@ -204,7 +209,7 @@ class Algorithm(ABC):
 
     def output(self, p: Params, call: Call) -> Tensor:
         """The layer's output with this adapter alone, at strength one: y + deviation."""
-        return call.plus(self.deviation(p, call))
+        return call.y + self.deviation(p, call)
 
     @staticmethod
     def _contract(call: Call, build: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
@@ -263,6 +268,11 @@ class Sandwich(Algorithm):
                 return self.delta(Params(dict(zip(names, values, strict=True)), p.scale), shape) * p.scale
 
         return self._contract(call, build, list(p.tensors.values()))
+
+    def output(self, p: Params, call: Call) -> Tensor:
+        if "post" in self.pieces:  # autograd may have kept y for that piece
+            return super().output(p, call)
+        return call.plus(self.deviation(p, call))
 
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
         d: Tensor | None = None

@@ -86,11 +86,21 @@ class LoHa(Sandwich):
         first = (t["w1_a"] * p.scale) @ t["w1_b"]
         return torch.addcmul(wide(weight), first.reshape(weight.shape), (t["w2_a"] @ t["w2_b"]).reshape(weight.shape))
 
+    def output(self, p: Params, call: Call) -> Tensor:
+        factored = call.sink is not None and self._is_factored(p, call.site)
+        return self._apply(p, call, call.sink) if factored else super().output(p, call)
+
     def add(self, p: Params, call: Call) -> Tensor:
+        return self._apply(p, call) if self._is_factored(p, call.site) else super().add(p, call)
+
+    @staticmethod
+    def _is_factored(p: Params, site: Site) -> bool:
+        return "t1" not in p.tensors and site.low_rank_cost(p.tensors["w1_b"].shape[0] ** 2) < site.dense
+
+    def _apply(self, p: Params, call: Call, into: Tensor | None = None) -> Tensor:
+        """One low-rank product of rank r²; the result is added to `into` where that is given."""
         t, site = p.tensors, call.site
         rank = t["w1_b"].shape[0] ** 2
-        if "t1" in t or site.low_rank_cost(rank) >= site.dense:
-            return super().add(p, call)
         down_shape, up_tail = (rank, *site.shape[1:]), [1] * len(site.kernel)
 
         def down(b1: Tensor, b2: Tensor) -> Tensor:
@@ -102,7 +112,7 @@ class LoHa(Sandwich):
                 return paired_rows(a1, a2 * p.scale).reshape(-1, rank, *up_tail)
 
         h = contract(site.narrow(rank), call.x, down, [t["w1_b"], t["w2_b"]], lambda x, *_: site.prepared(x))
-        return contract(site.widen(rank), h, up, [t["w1_a"], t["w2_a"]], lambda h, *_: h)
+        return contract(site.widen(rank), h, up, [t["w1_a"], t["w2_a"]], lambda h, *_: h, into=into)
 
     def cost(self, site: Site, design: Design) -> int:
         if "t1" in design.layout.specs:

@@ -15,7 +15,7 @@ from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scal
 from nerine.axes import Layout, Shape, Sizes, Spec
 from nerine.errors import OptionError
 from nerine.ops.kron import factorize, kron, kron_row_square, mix_channels
-from nerine.ops.precision import same_dtype
+from nerine.ops.precision import full_precision, same_dtype
 from nerine.ops.recompute import contract
 from nerine.ops.row_norm import norm_from_square
 from nerine.ops.tucker import tucker
@@ -111,22 +111,33 @@ class LoKr(Sandwich):
     @staticmethod
     def _w1(p: Params) -> Tensor:
         t = p.tensors
-        return t["w1"] if "w1" in t else t["w1_a"] @ t["w1_b"]
+        if "w1" in t:
+            return t["w1"]
+        with full_precision(t["w1_a"]):
+            return t["w1_a"] @ t["w1_b"]
 
     @staticmethod
     def _w2(p: Params, kernel: Shape) -> Tensor:
         t = p.tensors
-        if "t2" in t:
-            return tucker(t["t2"], t["w2_a"].mT, t["w2_b"])
-        return t["w2"] if "w2" in t else (t["w2_a"] @ t["w2_b"]).reshape(t["w2_a"].shape[0], -1, *kernel)
+        if "w2" in t:
+            return t["w2"]
+        with full_precision(t["w2_a"]):
+            if "t2" in t:
+                return tucker(t["t2"], t["w2_a"].mT, t["w2_b"])
+            return (t["w2_a"] @ t["w2_b"]).reshape(t["w2_a"].shape[0], -1, *kernel)
 
     def delta(self, p: Params, shape: Shape) -> Tensor:
         return kron(self._w1(p), self._w2(p, shape[2:]))
 
+    def output(self, p: Params, call: Call) -> Tensor:
+        return super().output(p, call) if call.sink is None else self._apply(p, call, call.sink)
+
     def add(self, p: Params, call: Call) -> Tensor:
+        return super().add(p, call) if call.site.groups > 1 else self._apply(p, call)
+
+    def _apply(self, p: Params, call: Call, into: Tensor | None = None) -> Tensor:
+        """The factors one after the other on the channels; the result is added to `into` where that is given."""
         site = call.site
-        if site.groups > 1:
-            return super().add(p, call)
         w1, w2 = self._w1(p) * p.scale, self._w2(p, site.kernel)
         fine = replace(site, shape=tuple(w2.shape))  # w2 as a layer of its own, applied once for every row of w1
         batched = site.kind == "conv" and call.x.dim() == len(site.kernel) + 2
@@ -135,7 +146,9 @@ class LoKr(Sandwich):
             h = mix_channels(x, same_dtype(w1, x), site.channel)
             return fine.prepared(h.flatten(0, 1) if batched else h)
 
-        y = contract(fine, call.x, lambda _, w2: w2, [w1, w2], mixed)
+        y = contract(fine, call.x, lambda _, w2: w2, [w1, w2], mixed, into=into)
+        if into is not None:
+            return y
         if site.kind == "linear":
             return y.flatten(-2)  # [..., a, b]
         return y.unflatten(0, (-1, w1.shape[0])).flatten(1, 2) if batched else y.flatten(0, 1)

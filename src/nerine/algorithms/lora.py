@@ -12,7 +12,7 @@ from torch import Tensor
 from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Spec
-from nerine.ops.precision import same_dtype
+from nerine.ops.precision import full_precision, same_dtype
 from nerine.ops.row_norm import low_rank_row_square, norm_from_square
 from nerine.ops.tucker import tucker_in
 from nerine.site import Site
@@ -62,7 +62,8 @@ class LoRA(Sandwich):
         """up `[out, rank]` with the scale in it, and down `[rank, in, *k]`."""
         down = p.tensors["down"]
         if "mid" in p.tensors:
-            down = tucker_in(p.tensors["mid"], down.flatten(1))
+            with full_precision(down):
+                down = tucker_in(p.tensors["mid"], down.flatten(1))
         return p.tensors["up"].flatten(1) * p.scale, down
 
     def delta(self, p: Params, shape: Shape) -> Tensor:
@@ -80,7 +81,7 @@ class LoRA(Sandwich):
         return call.site.widen(up.shape[1]).op(h, up.reshape(*up.shape, *[1] * len(call.site.kernel)))
 
     def output(self, p: Params, call: Call) -> Tensor:
-        if not call.fresh or call.site.kind != "linear" or call.y.dim() != 2:
+        if call.sink is None or call.y.dim() != 2:
             return super().output(p, call)
         h, up = self._through(p, call)  # y + up·h as one product, in the memory of y
         return call.y.addmm_(h, up.mT) if h.dtype == call.y.dtype else super().output(p, call)

@@ -18,6 +18,7 @@ __all__ = ["SEMANTICS", "Meta", "read_meta", "write_meta"]
 
 SEMANTICS = 1
 _KEY = "nerine"
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def read_meta(metadata: Mapping[str, str], where: str) -> Meta:
         own = json.loads(metadata[_KEY])
         semantics = int(own["semantics"])
         version = str(own.get("version", ""))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         return Meta(other=other, note=f"the nerine metadata cannot be read ({error}); the tensors alone were used")
     if semantics > SEMANTICS:
         raise FormatError(
@@ -67,6 +68,6 @@ def read_meta(metadata: Mapping[str, str], where: str) -> Meta:
     try:
         algorithms = [build(settings) for settings in own["algorithms"]]
         layers = {str(path): algorithms[int(i)] for path, i in own["layers"].items()}
-    except (OptionError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (OptionError, *_UNREADABLE) as error:
         return Meta({}, semantics, version, other, f"the settings in the file are unusable ({error})")
     return Meta(layers, semantics, version, other)

@@ -6,12 +6,20 @@ from collections.abc import Iterable
 
 from nerine.errors import FormatError
 
-__all__ = ["flatten", "split_key", "stems"]
+__all__ = ["candidates", "flatten", "split_key", "stems"]
 
 
 def flatten(path: str) -> str:
     """A dotted layer path as one word."""
     return path.replace(".", "_")
+
+
+def candidates(paths: Iterable[str], prefix: str) -> dict[str, list[str]]:
+    """{name in a file: the layers that it may mean}; more than one where paths differ only in dots and underscores."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(f"{prefix}_{flatten(path)}" if path else prefix, []).append(path)
+    return found
 
 
 def stems(paths: Iterable[str], prefix: str) -> dict[str, str]:
@@ -20,15 +28,14 @@ def stems(paths: Iterable[str], prefix: str) -> dict[str, str]:
     Raises:
         FormatError: two layers would get the same name.
     """
-    found: dict[str, str] = {}
-    for path in paths:
-        stem = f"{prefix}_{flatten(path)}" if path else prefix
-        if found.setdefault(stem, path) != path:
+    found = candidates(paths, prefix)
+    for stem, layers in found.items():
+        if len(layers) > 1:
             raise FormatError(
-                f"the layers {found[stem]} and {path} would both be called {stem} in a file; "
+                f"the layers {' and '.join(layers)} would both be called {stem} in a file; "
                 "leave one of them out or rename it in the model"
             )
-    return found
+    return {stem: layers[0] for stem, layers in found.items()}
 
 
 def split_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:

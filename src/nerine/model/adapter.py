@@ -6,6 +6,7 @@ of the layer sees them. It knows no layer: it is handed activations.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
 from nerine.site import Site
 
-__all__ = ["Adapter", "Noise"]
+__all__ = ["Adapter", "Noise", "check_strength"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,12 @@ class Noise:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value < 1:
                 raise OptionError(f"{name} must be a probability in [0, 1), got {value!r}")
+
+
+def check_strength(value: object) -> None:
+    """Raise `OptionError` where `value` is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise OptionError(f"strength must be a finite number, got {value!r}")
 
 
 class Adapter(nn.Module):

@@ -209,13 +209,7 @@ class Network:
             TargetError: no layer matches.
         """
         self.not_merged("change the strength")
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value != value
-            or abs(value) == float("inf")
-        ):
-            raise OptionError(f"strength must be a finite number, got {value!r}")
+        check_strength(value)
         modules = dict(self.model.named_modules())
         chosen = [a for path, _, a in self.adapters() if match is None or matches(match, path, modules[path])]
         if not chosen:

@@ -15,6 +15,7 @@ from torch import nn
 
 from nerine.algorithms import Algorithm
 from nerine.errors import OptionError, TargetError, UnsupportedBase, nearest
+from nerine.model.adapter import check_strength
 from nerine.model.layer import CONVS, is_layer, kind_of, site_of
 from nerine.site import Site
 
@@ -44,6 +45,7 @@ class Rule:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        check_strength(self.strength)
         if self.algorithm is not None and not isinstance(self.algorithm, Algorithm):
             raise OptionError(
                 f"Rule: expected an algorithm such as LoRA(rank=16), or None to skip, got {self.algorithm!r}"
@@ -96,7 +98,14 @@ def _as_matches(targets: Targets) -> list[Match]:
         return list(PRESETS[targets])
     if isinstance(targets, str | type) or callable(targets):
         return [targets]
-    return list(targets)
+    wanted = list(targets) if isinstance(targets, Iterable) else [targets]
+    for match in wanted:
+        if not isinstance(match, str | type) and not callable(match):
+            raise OptionError(
+                f"targets: expected a preset ({', '.join(PRESETS)}), a pattern, a class of layers, a predicate, "
+                f"or a list of those, got {match!r}"
+            )
+    return wanted
 
 
 def find_targets(

@@ -16,7 +16,7 @@ __all__ = ["compute_dtype", "full_precision", "same_dtype", "wide"]
 
 def wide(t: Tensor) -> Tensor:
     """`t` in at least fp32; fp32 and fp64 tensors pass unchanged."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32)
 
 
 def same_dtype(t: Tensor, x: Tensor) -> Tensor:

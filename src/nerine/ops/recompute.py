@@ -24,6 +24,8 @@ class Operation(Protocol):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
+    def add_product(self, into: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
+
     def product_grads(
         self, grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]: ...
@@ -42,11 +44,19 @@ def contract(
     tensors: Sequence[Tensor],
     prepare: Prepare,
     bias: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """`operation.product(prepare(x, *tensors), build(*tensors), bias)`, keeping only `x` and `tensors` for backward."""
+    """`operation.product(prepare(x, *tensors), build(*tensors), bias)`, keeping only `x` and `tensors` for backward.
+
+    With `into` the product is added to that tensor in place (no bias then), as `Operation.add_product` does.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return operation.product(prepare(x, *tensors), build(*tensors), bias)
-    return _Contract.apply(operation, prepare, build, bias, x, *tensors)  # type: ignore[no-any-return]
+        return _product(operation, prepare(x, *tensors), build(*tensors), bias, into)
+    return _Contract.apply(operation, prepare, build, bias, into, x, *tensors)  # type: ignore[no-any-return]
+
+
+def _product(operation: Operation, z: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor | None) -> Tensor:
+    return operation.product(z, weight, bias) if into is None else operation.add_product(into, z, weight)
 
 
 def replay(function: Build, *tensors: Tensor) -> Tensor:
@@ -85,25 +95,29 @@ class _Contract(torch.autograd.Function):
         prepare: Prepare,
         build: Build,
         bias: Tensor | None,
+        into: Tensor | None,
         x: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
         ctx.operation, ctx.prepare, ctx.build = operation, prepare, build
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, *tensors)
-        return operation.product(prepare(x, *tensors), build(*tensors), bias)
+        if into is not None:
+            ctx.mark_dirty(into)
+        return _product(operation, prepare(x, *tensors), build(*tensors), bias, into)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        leaves = _leaves(ctx.saved_tensors, ctx.needs_input_grad[4:])
+        leaves = _leaves(ctx.saved_tensors, ctx.needs_input_grad[5:])
         with torch.enable_grad():
             z = ctx.prepare(*leaves)
             weight = ctx.build(*leaves[1:])
         need = (z.requires_grad, weight.requires_grad)
         grads = ctx.operation.product_grads(grad, z.detach(), weight.detach(), need)
+        into = grad if ctx.needs_input_grad[4] else None
         gb = ctx.operation.bias_grad(grad, ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-        return (None, None, None, gb, *_pull((z, weight), grads, leaves))
+        return (None, None, None, gb, into, *_pull((z, weight), grads, leaves))
 
 
 class _Replay(torch.autograd.Function):

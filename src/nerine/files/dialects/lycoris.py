@@ -18,7 +18,7 @@ from nerine.axes import Layout, Spec, bind, kernel_of
 from nerine.errors import FormatError, ShapeError
 from nerine.files.checkpoint import Checkpoint, LoadReport, LoadRow, Record
 from nerine.files.meta import Meta, read_meta
-from nerine.files.names import flatten, split_key, stems
+from nerine.files.names import candidates, flatten, split_key, stems
 from nerine.files.store import Source
 from nerine.ops.precision import wide
 from nerine.site import Site
@@ -73,19 +73,20 @@ class Lycoris:
         meta = read_meta(source.metadata, str(source.path))
         suffixes = {spec.key for _, layout in _known_layouts() for spec in layout.specs.values()}
         suffixes |= {_ALPHA, _MAGNITUDE}
-        layer_of = stems(sites, self.prefix)
+        layers_of = candidates(sites, self.prefix)
         found: dict[str, dict[str, str]] = {}
         unmatched: dict[str, str] = {}
         for key in source.keys:
             parts = split_key(key, suffixes)
             if parts is None:
                 unmatched[key] = "no known algorithm has such a tensor"
-            elif parts[0] not in layer_of:
+            elif parts[0] not in layers_of:
                 unmatched[key] = f"the model has no layer {parts[0].removeprefix(self.prefix + '_')}"
             else:
-                found.setdefault(layer_of[parts[0]], {})[parts[1]] = key
+                layer = _the_one(layers_of[parts[0]], parts[0], meta, source)
+                found.setdefault(layer, {})[parts[1]] = key
         if not found:
-            raise FormatError(_nothing_matched(source, unmatched, layer_of))
+            raise FormatError(_nothing_matched(source, unmatched, layers_of))
         records, rows = {}, []
         for path in (p for p in sites if p in found):
             records[path], row = self._layer(source, path, sites[path], found[path], meta)
@@ -100,12 +101,12 @@ class Lycoris:
         self, source: Source, path: str, site: Site, keys: Mapping[str, str], meta: Meta
     ) -> tuple[Record, LoadRow]:
         algorithm, layout = _recognise(path, set(keys), source)
-        tensors = {name: wide(source.read(keys[spec.key])) for name, spec in layout.specs.items()}
+        tensors = {name: _floats(source, keys[spec.key]) for name, spec in layout.specs.items()}
         notes = []
         told = meta.layers.get(path)
         if _MAGNITUDE in keys:
             hint = told.axis if isinstance(told, DoRA) else ""
-            magnitude = wide(source.read(keys[_MAGNITUDE]))
+            magnitude = _floats(source, keys[_MAGNITUDE])
             axis, note = _axis(path, tuple(magnitude.shape), site, hint)
             notes += [note] if note else []
             algorithm = DoRA(algorithm, axis=axis)
@@ -115,6 +116,8 @@ class Lycoris:
             algorithm = told if not isinstance(told, DoRA) or told.axis == getattr(algorithm, "axis", "") else algorithm
         tensors = {name: _fit_ones(layout.specs[name], t, site) for name, t in tensors.items()}
         sizes = bind(layout, {name: tuple(t.shape) for name, t in tensors.items()}, site.sizes, path)
+        if 0 in sizes.values():
+            raise ShapeError(f"{path}: a tensor of the file has no elements ({', '.join(keys.values())})")
         rank = sizes.get("rank")
         scale, note = _scale(path, source, keys.get(_ALPHA), rank)
         notes += [note] if note else []
@@ -122,6 +125,25 @@ class Lycoris:
             path, str(algorithm) if told is not None else _bare_name(algorithm), rank, scale, "; ".join(notes)
         )
         return Record(algorithm, Params(tensors, scale)), row
+
+
+def _the_one(layers: list[str], stem: str, meta: Meta, source: Source) -> str:
+    """The layer that a name in the file means; where several bear it, the one that the metadata tells."""
+    told = [path for path in layers if path in meta.layers] if len(layers) > 1 else layers
+    if len(told) != 1:
+        raise FormatError(
+            f"{source.path}: {stem} may mean {' or '.join(layers)}, and the file does not say which; "
+            "rename one of the two in the model"
+        )
+    return told[0]
+
+
+def _floats(source: Source, key: str) -> Tensor:
+    """A tensor of the file in at least fp32."""
+    tensor = source.read(key)
+    if not tensor.is_floating_point():
+        raise FormatError(f"{source.path}: {key} holds {tensor.dtype}, expected floating-point numbers")
+    return wide(tensor)
 
 
 def _bare_name(algorithm: Algorithm) -> str:
@@ -207,7 +229,7 @@ def _fit_ones(spec: Spec, t: Tensor, site: Site) -> Tensor:
     return t
 
 
-def _nothing_matched(source: Source, unmatched: Mapping[str, str], layer_of: Mapping[str, str]) -> str:
+def _nothing_matched(source: Source, unmatched: Mapping[str, str], layer_of: Mapping[str, object]) -> str:
     in_file = ", ".join(list(unmatched)[:3]) or "no keys at all"
     in_model = ", ".join(list(layer_of)[:3]) or "no layers"
     return (

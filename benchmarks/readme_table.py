@@ -1,0 +1,43 @@
+"""The table of the README, made from benchmarks/results/step.json: `python benchmarks/readme_table.py` writes it there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "step.json"
+README = ROOT / "README.md"
+START, END = "<!-- step table -->", "<!-- end of step table -->"
+LAYERS = {"linear-1280": "Linear 1280, 1,024 tokens", "linear-3072": "Linear 3072, 2,048 tokens"}
+ROWS = ("LoRA", "DoRA(LoRA)", "LoKr", "DoRA(LoKr)", "LoHa")
+CONTESTANTS = ("nerine", "LyCORIS", "LyCORIS bypass", "PEFT")
+
+
+def table(figures: list[dict[str, Any]]) -> str:
+    """Ratios to the frozen layer, one row an algorithm; "1280 / 3072" in each cell."""
+    found = {(f["row"], f["contestant"], f["layer"]): f["ratio"] for f in figures}
+    lines = [
+        f"| {' / '.join(LAYERS.values())} | nerine | LyCORIS default | LyCORIS bypass | PEFT |",
+        "|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        cells = []
+        for contestant in CONTESTANTS:
+            ratios = [found.get((row, contestant, layer)) for layer in LAYERS]
+            cell = " / ".join(f"{ratio:.2f}" for ratio in ratios if ratio is not None)
+            cells.append(f"**{cell}**" if contestant == "nerine" else cell)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def readme(text: str) -> str:
+    """`text` with the table of the recorded results in its place."""
+    figures = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"]
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table(figures)}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

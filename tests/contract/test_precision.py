@@ -1,0 +1,143 @@
+"""Numbers in bf16 and under autocast: small deviations survive, and formats are those of the base."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from contract.battery import adapted, call_of, input_at, path_of
+from contract.cases import ALGORITHMS, FEW, ONE_OF_EACH, PLACES
+from nerine.algorithms import Algorithm, Call, Params
+from nerine.model.layer import site_of
+
+pytestmark = [
+    pytest.mark.no_device_guard,  # one device only, and many small operations
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),  # torch's, of the base layer
+]
+
+NOISE = {"dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_a_rounded_base_costs_the_deviation_nothing(algorithm: Algorithm) -> None:
+    """fp32 activations, a weight kept in bf16: the deviation is that of fp64 to half a percent."""
+    for place in PLACES:
+        model, _, adapter = adapted(algorithm, place, torch.bfloat16)
+        layer = model[0]
+        params = adapter.folded()
+        params = Params({k: t.detach() for k, t in params.tensors.items()}, params.scale)
+        x = input_at(place, torch.float32)
+        wide = layer_with(layer, torch.float32)
+        call = Call(site_of(wide), x, wide(x), wide.bias, lambda layer=layer: layer.weight)
+        got = algorithm.deviation(params, call)
+        exact_layer = layer_with(layer, torch.float64)
+        exact_params = Params({k: t.double() for k, t in params.tensors.items()}, params.scale)
+        want = algorithm.deviation(exact_params, call_of(exact_layer, x.double()))
+        assert got.dtype == torch.float32
+        error = float((got - want).norm() / want.norm())
+        assert error < 5e-3, f"{algorithm} at {place}: {error:.1e}"
+
+
+def layer_with(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The base of an adapted layer in another format."""
+    plain = type(layer).__new__(type(layer))
+    plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in ("forward", "_nerine_mount")}
+    plain._modules = {}
+    plain._parameters = {
+        k: None if p is None else torch.nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        for k, p in layer._parameters.items()
+    }
+    return plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_half_precision_throughout(algorithm: Algorithm, dtype: torch.dtype) -> None:
+    """Base and activations in half precision: finite, of the base's format, and right to the format's own rounding."""
+    for place in FEW:
+        model, network, adapter = adapted(algorithm, place, dtype)
+        x = input_at(place, dtype, requires_grad=True)
+        exact = layer_with(model[0], torch.float64)
+        want = exact(x.detach().double())
+        params = adapter.folded()
+        wide = Params({k: t.detach().double() for k, t in params.tensors.items()}, params.scale)
+        want = want + algorithm.deviation(wide, call_of(exact, x.detach().double()))
+        for through_weight in (False, True):
+            with path_of(adapter, through_weight):
+                y = model(x)
+            assert y.dtype == dtype
+            error = float((y.detach().double() - want).norm() / want.norm())
+            assert error < 8 * torch.finfo(dtype).eps, f"{algorithm} at {place}: {error:.1e}"
+            y.float().square().sum().backward()
+        gradients = {"x": x.grad, **{k: p.grad for k, p in network.named_parameters()}}
+        assert all(torch.isfinite(g).all() for g in gradients.values())
+        assert x.grad.dtype == dtype
+        assert all(g.dtype == torch.float32 for k, g in gradients.items() if k != "x")
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "noise", [{}, {"dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1}], ids=["calm", "noise"]
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_autocast(algorithm: Algorithm, noise: dict[str, float], base: torch.dtype) -> None:
+    """Under autocast: finite, of the base's output format, close to the same without autocast."""
+    for place in FEW:
+        model, network, adapter = adapted(algorithm, place, base, **noise)
+        plain = layer_with(model[0], base)
+        x = input_at(place, torch.float32, requires_grad=True)
+        for through_weight in (False, True):
+            with path_of(adapter, through_weight):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    y = model(x)
+                    assert y.dtype == plain(x).dtype == torch.bfloat16
+                y.float().sum().backward()
+                assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+                if not noise and base is torch.float32:
+                    exact = model(x.detach())
+                    assert exact.dtype == torch.float32
+                    error = float((y.detach() - exact.detach()).norm() / exact.detach().norm())
+                    assert error < 0.03, f"{algorithm} at {place}: {error:.1e}"
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if not hasattr(a, "axis")], ids=str)
+def test_norms_and_weights_do_not_follow_autocast(algorithm: Algorithm) -> None:
+    """m/|V| - 1 is small, so that norms, and with them their factors, stay in fp32; so does a merge."""
+    for place in PLACES:
+        model, network, adapter = adapted(algorithm, place, torch.float32)
+        params, weight = adapter.folded(), model[0].weight
+        want, fresh = algorithm.row_norm(params, weight), weight.detach().clone()
+        changed = algorithm.weight(params, weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = algorithm.row_norm(params, weight)
+            network.merge()
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, p=place: f"{algorithm} at {p}: {m}")
+        torch.testing.assert_close(weight, changed, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(weight, fresh)
+
+
+@pytest.mark.parametrize("algorithm", ONE_OF_EACH, ids=str)
+def test_a_small_deviation_survives_bf16(algorithm: Algorithm) -> None:
+    """The deviation is computed beside the layer: of 0.1 % of the weight, where (W + dW) - W in bf16 loses most."""
+    place = next(p for p in PLACES if p.name == "linear 3-D")
+    model, _, adapter = adapted(algorithm, place, torch.bfloat16)
+    adapter.strength = 1e-3
+    params = adapter.folded()
+    x = input_at(place, torch.bfloat16)
+    base = layer_with(model[0], torch.bfloat16)
+    y = base(x)
+    call = Call(site_of(base), x, y, base.bias, lambda: base.weight)
+    got = adapter.weighted(algorithm.deviation(Params(params.tensors, params.scale), call)).detach().double()
+    exact = layer_with(base, torch.float64)
+    wide = Params({k: t.detach().double() for k, t in params.tensors.items()}, params.scale)
+    want = 1e-3 * algorithm.deviation(wide, call_of(exact, x.double()))
+    assert float((got - want).norm() / want.norm()) < 0.02
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_double_precision_is_not_lowered(algorithm: Algorithm) -> None:
+    for place in FEW:
+        model, network, _ = adapted(algorithm, place)
+        assert all(p.dtype == torch.float64 for p in network.parameters())
+        assert model(input_at(place)).dtype == torch.float64

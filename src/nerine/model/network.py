@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nerine.algorithms import Algorithm, Params
 from nerine.errors import MergeError, OptionError, ShapeError, TargetError, nearest
-from nerine.model.adapter import Adapter, Noise
+from nerine.model.adapter import Adapter, Noise, check_strength
 from nerine.model.attach import (
     Mount,
     adapters_of,

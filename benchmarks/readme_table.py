@@ -10,23 +10,23 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "step.json"
 README = ROOT / "README.md"
 START, END = "<!-- step table -->", "<!-- end of step table -->"
-LAYERS = {"linear-1280": "Linear 1280, 1,024 tokens", "linear-3072": "Linear 3072, 2,048 tokens"}
+SMALL, LARGE = "linear-1280", "linear-3072"
 ROWS = ("LoRA", "DoRA(LoRA)", "LoKr", "DoRA(LoKr)", "LoHa")
 CONTESTANTS = ("nerine", "LyCORIS", "LyCORIS bypass", "PEFT")
 
 
 def table(figures: list[dict[str, Any]]) -> str:
-    """Ratios to the frozen layer, one row an algorithm; "1280 / 3072" in each cell."""
+    """Ratios to the frozen layer, one row an algorithm; in brackets those of the larger layer, where recorded."""
     found = {(f["row"], f["contestant"], f["layer"]): f["ratio"] for f in figures}
     lines = [
-        f"| {' / '.join(LAYERS.values())} | nerine | LyCORIS default | LyCORIS bypass | PEFT |",
+        "| Linear 1280, 1,024 tokens (Linear 3072, 2,048 tokens) | nerine | LyCORIS default | LyCORIS bypass | PEFT |",
         "|---|---|---|---|---|",
     ]
     for row in ROWS:
         cells = []
         for contestant in CONTESTANTS:
-            ratios = [found.get((row, contestant, layer)) for layer in LAYERS]
-            cell = " / ".join(f"{ratio:.2f}" for ratio in ratios if ratio is not None)
+            small, large = (found.get((row, contestant, layer)) for layer in (SMALL, LARGE))
+            cell = "" if small is None else f"{small:.2f}" + ("" if large is None else f" ({large:.2f})")
             cells.append(f"**{cell}**" if contestant == "nerine" else cell)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable
+
 import pytest
 
 
@@ -134,3 +137,232 @@ def test_the_machinery_around_a_model_works(run_on_second_device) -> None:
 def test_a_failing_snippet_fails_the_test_with_its_traceback(run_on_second_device) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"assert 1 == 2(.|\n)*AssertionError"):
         run_on_second_device("assert 1 == 2")
+
+
+# -- adapters on the device ------------------------------------------------------------------------------------------
+ADAPTED = """
+import copy, itertools, os
+import nerine
+from nerine import DoRA, LoHa, LoKr, LoRA
+from nerine.algorithms import REGISTRY
+
+PLAIN = {
+    "lora": [LoRA(rank=2, alpha=1.0), LoRA(rank=2, alpha=1.0, tucker=True, scalar=True)],
+    "loha": [LoHa(rank=2, alpha=1.0), LoHa(rank=2, alpha=1.0, tucker=True, scalar=True)],
+    "lokr": [LoKr(rank=1, alpha=2.0), LoKr(rank=1, alpha=2.0, decompose_both=True, tucker=True), LoKr(factor=2)],
+}
+assert PLAIN.keys() == REGISTRY.keys()
+ALGORITHMS = [w for a in sum(PLAIN.values(), []) for w in (a, DoRA(a), DoRA(a, axis="in"))]
+NOISES = [{}, {"dropout": 0.2, "rank_dropout": 0.2, "module_dropout": 0.2}]
+
+def model_of():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 6, (3, 2), padding=1, stride=2), nn.Flatten(2), nn.Linear(6, 10)).double()
+
+def stir(network, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_((0.3 * torch.randn(p.shape, generator=generator)).to(p.dtype).to(p.device))
+
+def paths(network, through_weight):
+    for *_, adapter in network.adapters():
+        adapter.prefers_weight = through_weight
+
+def step(model, network, device):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 4, 4, 5, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    torch.manual_seed(3)
+    y = model(x)
+    y.square().sum().backward()
+    found = {"y": y, "x": x.grad, **{k: p.grad for k, p in network.named_parameters()}}
+    for p in network.parameters():
+        p.grad = None
+    assert y.device.type == torch.device(device).type
+    return {k: t.detach().cpu() for k, t in found.items() if t is not None}
+
+def same(got, want, what):
+    assert got.keys() == want.keys(), what
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-9, atol=1e-11, msg=lambda m: f"{what}: {key}: {m}")
+"""
+
+
+@pytest.fixture
+def run_adapted(run_on_second_device) -> Callable[[str], None]:
+    """Executes a snippet with small models, every algorithm, and a training step to compare."""
+    return lambda code: run_on_second_device(ADAPTED + textwrap.dedent(code))
+
+
+def test_adapters_train_there_as_on_the_cpu(run_adapted) -> None:
+    run_adapted(
+        """
+        for algorithm, noise, weight in itertools.product(ALGORITHMS, NOISES, (False, True)):
+            what = f"{algorithm}, {noise}, through weight: {weight}"
+            on_cpu = model_of()
+            network = nerine.attach(on_cpu, algorithm, **noise)
+            stir(network)
+            paths(network, weight)
+            want = step(on_cpu, network, "cpu")
+
+            moved = model_of()
+            network = nerine.attach(moved, algorithm, **noise)
+            stir(network)
+            moved.to(DEVICE)
+            assert all(p.device == DEVICE and p.is_leaf for p in network.parameters())
+            paths(network, weight)
+            same(step(moved, network, DEVICE), want, f"attached, then moved: {what}")
+
+            there = model_of().to(DEVICE)
+            network = nerine.attach(there, algorithm, **noise)
+            assert all(p.device == DEVICE and p.is_leaf for p in network.parameters())
+            with torch.no_grad():
+                for p, q in zip(network.parameters(), nerine.Network.of(moved).parameters()):
+                    p.copy_(q)
+            paths(network, weight)
+            same(step(there, network, DEVICE), want, f"moved, then attached: {what}")
+        """
+    )
+
+
+def test_merging_there(run_adapted) -> None:
+    run_adapted(
+        """
+        x = torch.randn(2, 4, 4, 5, dtype=torch.float64)
+        for algorithm in ALGORITHMS:
+            model = model_of()
+            network = nerine.attach(model, algorithm)
+            stir(network)
+            want = model(x).detach()
+            model.to(DEVICE)
+            bits = model[2].weight.detach().clone()
+            network.merge()
+            assert model[2].weight.device == DEVICE
+            torch.testing.assert_close(model(x.to(DEVICE)).cpu().detach(), want)
+            model.cpu()
+            torch.testing.assert_close(model(x).detach(), want)
+            model.to(DEVICE)
+            network.unmerge()
+            assert torch.equal(model[2].weight.cpu(), bits.cpu())
+            torch.testing.assert_close(model(x.to(DEVICE)).cpu().detach(), want)
+        """
+    )
+
+
+def test_files_of_the_cpu_there_and_back(run_adapted, tmp_path) -> None:
+    run_adapted(
+        f"""
+        os.chdir({str(tmp_path)!r})
+        x = torch.randn(2, 4, 4, 5, dtype=torch.float64)
+        for algorithm in ALGORITHMS:
+            model = model_of()
+            network = nerine.attach(model, algorithm)
+            stir(network)
+            want = model(x).detach()
+            nerine.save(network, "cpu.safetensors")
+
+            there = model_of().to(DEVICE)
+            network = nerine.load(there, "cpu.safetensors", strict=True)
+            assert all(p.device == DEVICE for p in network.parameters())
+            torch.testing.assert_close(there(x.to(DEVICE)).cpu().detach(), want)
+            nerine.load(network, "cpu.safetensors")
+            assert all(p.device == DEVICE for p in network.parameters())
+            torch.testing.assert_close(there(x.to(DEVICE)).cpu().detach(), want)
+
+            nerine.save(network, "there.safetensors")
+            same_bytes = open("there.safetensors", "rb").read() == open("cpu.safetensors", "rb").read()
+            assert same_bytes or "scalar" in str(algorithm)
+            back = model_of()
+            nerine.load(back, "there.safetensors")
+            torch.testing.assert_close(back(x).detach(), want)
+        """
+    )
+
+
+def test_an_adapter_left_behind_never_gives_the_mixed_device_error(run_adapted) -> None:
+    """A host that owns the adapters moves the model alone; the adapters follow the activations, or are merged."""
+    run_adapted(
+        """
+        for algorithm, weight in itertools.product(ALGORITHMS, (False, True)):
+            on_cpu = model_of()
+            network = nerine.attach(on_cpu, algorithm, own=False, rank_dropout=0.1)
+            stir(network)
+            paths(network, weight)
+            want = step(on_cpu, network, "cpu")
+            merged = copy.deepcopy(on_cpu)
+
+            on_cpu.to(DEVICE)
+            assert all(p.device.type == "cpu" for p in network.parameters())
+            same(step(on_cpu, network, DEVICE), want, f"{algorithm}, left behind")
+            network.to(DEVICE)
+            same(step(on_cpu, network, DEVICE), want, f"{algorithm}, moved after")
+
+            merged.to(DEVICE)
+            calm = nerine.Network.of(merged)
+            calm.eval()
+            x = torch.randn(2, 4, 4, 5, dtype=torch.float64).to(DEVICE)
+            before = merged(x).cpu().detach()
+            calm.merge()
+            torch.testing.assert_close(merged(x).cpu().detach(), before)
+        """
+    )
+
+
+def test_autocast_and_half_precision_there(run_adapted) -> None:
+    run_adapted(
+        """
+        for algorithm, weight in itertools.product(ALGORITHMS, (False, True)):
+            model = model_of().float().to(DEVICE)
+            network = nerine.attach(model, algorithm, **NOISES[1])
+            paths(network, weight)
+            x = torch.randn(2, 4, 4, 5).to(DEVICE)
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+                y = model(x)
+            assert y.dtype == torch.bfloat16 and y.device == DEVICE
+            y.float().sum().backward()
+            assert all(p.grad is None or torch.isfinite(p.grad.cpu()).all() for p in network.parameters())
+
+            half = model_of().bfloat16().to(DEVICE)
+            network = nerine.attach(half, algorithm)
+            assert all(p.dtype == torch.float32 and p.device == DEVICE for p in network.parameters())
+            half(x.bfloat16()).float().sum().backward()
+        """
+    )
+
+
+def test_layers_on_different_devices(run_adapted) -> None:
+    """As a device map has it: each adapter lives with its layer."""
+    run_adapted(
+        """
+        for algorithm, (first, second) in itertools.product(
+            ALGORITHMS, ((DEVICE, torch.device("fakegpu:1")), (DEVICE, torch.device("cpu")))
+        ):
+            model = model_of()
+            model[0].to(first)
+            model[2].to(second)
+            network = nerine.attach(model, algorithm)
+            where = {path: next(a.parameters()).device for path, _, a in network.adapters()}
+            assert where == {"0": first, "2": second}
+            x = torch.randn(2, 4, 4, 5, dtype=torch.float64).to(first)
+            y = model[2](model[1](model[0](x)).to(second))
+            assert y.device == second
+            if second.type == "cpu":  # autograd has no queue for a second device of Python's
+                y.sum().backward()
+        """
+    )
+
+
+def test_checkpointing_there(run_adapted) -> None:
+    run_adapted(
+        """
+        from torch.utils.checkpoint import checkpoint
+
+        for algorithm in ALGORITHMS:
+            model = model_of().to(DEVICE)
+            network = nerine.attach(model, algorithm, **NOISES[1])
+            stir(network)
+            want = step(model, network, DEVICE)
+            got = step(lambda x: checkpoint(model, x, use_reentrant=False), network, DEVICE)
+            same(got, want, f"{algorithm}, checkpointed")
+        """
+    )

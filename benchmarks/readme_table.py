@@ -1,4 +1,4 @@
-"""The table of the README, made from benchmarks/results/step.json: `python benchmarks/readme_table.py` writes it there."""
+"""The table of the README, made from benchmarks/results/step.json; run it to write the table there."""
 
 from __future__ import annotations
 

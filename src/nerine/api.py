@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -142,21 +143,23 @@ def _sites(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Site]]:
     return layers, sites
 
 
-def _read(file: str | os.PathLike[str], sites: Mapping[str, Site], strict: bool) -> Checkpoint:
+def _read(
+    file: str | os.PathLike[str], sites: Mapping[str, Site], strict: bool, wanted: Iterable[str] = ()
+) -> Checkpoint:
+    """The checkpoint of a file; `wanted` layers that it lacks are reported as missing."""
     with open_file(file) as source:
         checkpoint = DIALECTS["lycoris"].read(source, sites)
-    report = checkpoint.report
+    report = checkpoint.report.lacking(tuple(path for path in wanted if path not in checkpoint.records))
     if report.unmatched or report.missing:
         summary = (
             f"{report.file}: {len(report.unmatched)} keys were not used and {len(report.missing)} layers are missing"
         )
         if strict:
-            details = [f"{key}: {why}" for key, why in report.unmatched.items()] + [
-                f"missing: {p}" for p in report.missing
-            ]
+            details = [f"{key}: {why}" for key, why in report.unmatched.items()]
+            details += [f"missing: {p}" for p in report.missing]
             raise FormatError(f"{summary}. {'; '.join(details[:5])}")
         _log.warning("%s; see the network's report", summary)
-    return checkpoint
+    return replace(checkpoint, report=report)
 
 
 def _placed(params: Params, layer: nn.Module) -> Params:
@@ -170,12 +173,11 @@ def _resume(network: Network, file: str | os.PathLike[str], strict: bool) -> Net
     if len(network.names) != 1:
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
     adapters = {path: adapter for path, _, adapter in network.adapters()}
-    checkpoint = _read(file, {path: adapter.site for path, adapter in adapters.items()}, strict)
+    checkpoint = _read(file, {path: adapter.site for path, adapter in adapters.items()}, strict, adapters)
     for path, record in checkpoint.records.items():
         adapters[path].check_same(record.algorithm, record.params)
     network.not_merged("load tensors")
     for path, record in checkpoint.records.items():
         adapters[path].take(record.params)
-    absent = tuple(path for path in adapters if path not in checkpoint.records)
-    network.report = checkpoint.report.lacking(absent)
+    network.report = checkpoint.report
     return network

@@ -13,7 +13,7 @@ __all__ = ["demo"]
 def demo(
     algo: str = typer.Option("lokr", help="lora, loha or lokr."),
     dora: bool = typer.Option(True, "--dora/--no-dora", help="Weight decomposition around it."),
-    steps: int = typer.Option(250, min=1, help="Training steps."),
+    steps: int = typer.Option(160, min=1, help="Training steps."),
     seed: int = typer.Option(0, help="The same seed gives the same adapter, bit by bit, on the same machine."),
     style: str = typer.Option("neon", help="neon or paper (inverted, the hard one)."),
     out: Path = typer.Option(Path("nerine-demo"), help="Folder for the adapter and the picture."),

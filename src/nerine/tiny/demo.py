@@ -47,7 +47,7 @@ class DemoSettings:
 
     algo: str = "lokr"
     dora: bool = True
-    steps: int = 250
+    steps: int = 160
     seed: int = 0
     style: str = "neon"
     lr: float = 4e-3

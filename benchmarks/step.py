@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from step_contestants import Contestant, contestants, frozen
+from step_contestants import Contestant, contestants, frozen, say
 from step_rows import GOALS, LAYERS, ROWS, Problem, Row, problem
 from torch import Tensor
 
@@ -31,23 +31,26 @@ AGAIN = "frozen again"  # the frozen layer a second time: how far its ratio is f
 
 @dataclass
 class Figures:
-    """What is known of one contestant at one layer; ratios are to the frozen layer in the same row and run."""
+    """What is known of one contestant at one layer; ratios are to the frozen layer in the same row and run.
+
+    Of a peer that fails nothing is known but the note.
+    """
 
     layer: str
     row: str
     contestant: str
-    best_ms: float  # forward and backward
-    ratio: float  # best over best
-    median_ratio: float  # median over the rounds
-    forward_ratio: float  # forward alone, best over best
-    goal: float | None
-    reached: bool | None
-    kept_of_weight: float  # extra bytes kept for backward, over those of the weight
-    kept_of_output: float  # the same, over those of the output
-    weight_sized: int  # number of kept tensors of at least the weight's size
-    output_sized: int  # number of kept tensors of at least the output's size
-    error: float  # of the output, against the dense reference
-    grad_error: float  # of the gradients, relative, the worst one
+    best_ms: float | None = None  # forward and backward
+    ratio: float | None = None  # best over best
+    median_ratio: float | None = None  # median over the rounds
+    forward_ratio: float | None = None  # forward alone, best over best
+    goal: float | None = None
+    reached: bool | None = None
+    kept_of_weight: float | None = None  # extra bytes kept for backward, over those of the weight
+    kept_of_output: float | None = None  # the same, over those of the output
+    weight_sized: int = 0  # number of kept tensors of at least the weight's size
+    output_sized: int = 0  # number of kept tensors of at least the output's size
+    error: float | None = None  # of the output, against the dense reference
+    grad_error: float | None = None  # of the gradients, relative, the worst one; None where they are not comparable
     note: str = ""
 
 
@@ -58,17 +61,18 @@ def clear(p: Problem, c: Contestant) -> None:
         t.grad = None
 
 
-def check(p: Problem, c: Contestant, reference: tuple[Tensor, Tensor, dict[str, Tensor]]) -> tuple[float, float]:
-    """Errors of the output and of the gradients."""
+def check(p: Problem, c: Contestant, reference: tuple[Tensor, Tensor, dict[str, Tensor]]) -> tuple[float, float | None]:
+    """Errors of the output and of the gradients; None for those where the trained tensors are of another size."""
     y, gx, grads = reference
     clear(p, c)
     got = c.forward(p.x)
     got.backward(p.grad)
     pairs = [(p.x.grad, gx), *((c.trained[name].grad, g) for name, g in grads.items())]
-    worst = 0.0
-    for mine, theirs in pairs:
-        assert mine is not None, c.name
-        worst = max(worst, float((mine.reshape(theirs.shape) - theirs).abs().max() / theirs.abs().max()))
+    if any(mine is None or mine.numel() != theirs.numel() for mine, theirs in pairs):
+        worst = None
+    else:
+        errors = [(mine.reshape(theirs.shape) - theirs).abs().max() / theirs.abs().max() for mine, theirs in pairs]
+        worst = float(torch.stack(errors).max())
     clear(p, c)
     return float((got.detach() - y).abs().max()), worst
 
@@ -123,52 +127,65 @@ def race(p: Problem, groups: dict[str, list[Contestant]], rounds: int) -> dict[s
     return times
 
 
+def note(row: Row, c: Contestant, error: float, grad_error: float | None) -> str:
+    """In what `c` differs from the reference."""
+    if not error <= TOLERANCE:  # nor where it is not a number
+        return "another output"
+    if grad_error is None or not grad_error <= GRAD_TOLERANCE:
+        return "norm detached" if c.name == "PEFT" and row.axis else "other gradients"
+    return ""
+
+
+def examine(
+    p: Problem, layer: str, row: Row, c: Contestant, reference: tuple[Tensor, Tensor, dict[str, Tensor]], base: int
+) -> Figures:
+    """What is known of `c` before anything is timed; `base` are the bytes that the frozen layer keeps.
+
+    nerine must agree with the reference; a peer may differ or fail.
+    """
+    f = Figures(layer, row.name, c.name, note=c.failure)
+    if c.failure:
+        return f
+    try:
+        sizes = kept(p, c)
+        f.error, f.grad_error = (0.0, 0.0) if c.name == AGAIN else check(p, c, reference)
+    except Exception as problem:
+        if not c.peer:
+            raise
+        f.note = say(problem)
+        return f
+    f.note = note(row, c, f.error, f.grad_error)
+    if not c.peer and f.note:
+        raise SystemExit(f"{layer}, {row.name}: {c.name} has {f.note}: {f.error:.1e}, {f.grad_error or 0:.1e}")
+    extra = sum(sizes.values()) - base
+    f.goal = GOALS.get(layer, {}).get(row.name) if c.name == "nerine" else None
+    f.kept_of_weight, f.kept_of_output = extra / p.weight.nbytes, extra / p.grad.nbytes
+    f.weight_sized = sum(size >= p.weight.nbytes for size in sizes.values())
+    f.output_sized = sum(size >= p.grad.nbytes for size in sizes.values())
+    return f
+
+
 def measure(layer: str, rows: list[Row], rounds: int, peers: bool) -> list[Figures]:
     """All figures of one layer."""
     p = problem(layer)
-    base_kept = kept(p, frozen(p))
-    output_bytes, weight_bytes = p.grad.nbytes, p.weight.nbytes
+    base = sum(kept(p, frozen(p)).values())
     groups, figures = {}, []
     for row in rows:
-        group = [*contestants(p, row, peers), frozen(p, AGAIN)]
         reference = p.reference(row)
-        for c in group:
-            sizes = kept(p, c)
-            extra = sum(sizes.values()) - sum(base_kept.values())
-            error, grad_error = (0.0, 0.0) if c.name == AGAIN else check(p, c, reference)
-            note = "" if error <= TOLERANCE else "another output"
-            if not note and grad_error > GRAD_TOLERANCE:
-                note = "norm detached" if c.name == "PEFT" and row.axis else "other gradients"
-            if c.name == "nerine" and note:
-                raise SystemExit(f"{layer}, {row.name}: nerine has {note}: {error:.1e}, {grad_error:.1e}")
-            figures.append(
-                Figures(
-                    layer=layer,
-                    row=row.name,
-                    contestant=c.name,
-                    best_ms=0.0,
-                    ratio=0.0,
-                    median_ratio=0.0,
-                    forward_ratio=0.0,
-                    goal=GOALS.get(layer, {}).get(row.name) if c.name == "nerine" else None,
-                    reached=None,
-                    kept_of_weight=extra / weight_bytes,
-                    kept_of_output=extra / output_bytes,
-                    weight_sized=sum(size >= weight_bytes for size in sizes.values()),
-                    output_sized=sum(size >= output_bytes for size in sizes.values()),
-                    error=error,
-                    grad_error=grad_error,
-                    note=note,
-                )
-            )
-        groups[row.name] = [frozen(p), *group]
+        groups[row.name] = [frozen(p)]
+        for c in (*contestants(p, row, peers), frozen(p, AGAIN)):
+            figures.append(examine(p, layer, row, c, reference, base))
+            if figures[-1].error is not None:
+                groups[row.name].append(c)
     times = race(p, groups, rounds)
     for f in figures:
-        own, base = times[f.row][f.contestant], times[f.row]["frozen"]
+        if f.error is None:
+            continue
+        own, plain = times[f.row][f.contestant], times[f.row]["frozen"]
         f.best_ms = min(own.total) * 1e3
-        f.ratio = min(own.total) / min(base.total)
-        f.median_ratio = median(a / b for a, b in zip(own.total, base.total, strict=True))
-        f.forward_ratio = min(own.forward) / min(base.forward)
+        f.ratio = min(own.total) / min(plain.total)
+        f.median_ratio = median(a / b for a, b in zip(own.total, plain.total, strict=True))
+        f.forward_ratio = min(own.forward) / min(plain.forward)
         f.reached = None if f.goal is None else f.ratio <= f.goal
     return figures
 
@@ -210,23 +227,32 @@ def cpu_model() -> str:
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def shown(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def cells(f: Figures) -> tuple[str, ...]:
     reached = "" if f.reached is None else "reached" if f.reached else "not reached"
     return (
         f.layer,
         f.row,
         f.contestant,
-        f"{f.best_ms:.1f}",
-        f"{f.ratio:.2f}",
-        f"{f.median_ratio:.2f}",
-        f"{f.forward_ratio:.2f}",
-        "" if f.goal is None else f"{f.goal:.2f}",
-        reached or f.note,
-        f"{f.kept_of_weight:.2f}",
-        f"{f.kept_of_output:.2f}",
+        shown(f.best_ms, 1),
+        shown(f.ratio),
+        shown(f.median_ratio),
+        shown(f.forward_ratio),
+        shown(f.goal),
+        reached or f.note.split(":")[0],
+        shown(f.kept_of_weight),
+        shown(f.kept_of_output),
         str(f.weight_sized or ""),
         str(f.output_sized or ""),
     )
+
+
+def marked(f: Figures | None) -> str:
+    """The ratio in the short table, with a star where there is a note."""
+    return "" if f is None else f"{shown(f.ratio) or 'fails'}{' *' if f.note else ''}"
 
 
 def text_table(figures: list[Figures]) -> str:
@@ -235,9 +261,13 @@ def text_table(figures: list[Figures]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def notes(figures: list[Figures]) -> list[str]:
+    return sorted({f"{f.contestant}, {f.row}: {f.note}" for f in figures if f.note})
+
+
 def markdown(figures: list[Figures], head: dict[str, str]) -> str:
     """One table a layer: the ratios of all contestants; then all that is known."""
-    names = list(dict.fromkeys(f.contestant for f in figures))
+    names = sorted(dict.fromkeys(f.contestant for f in figures), key=lambda name: name == AGAIN)
     lines = ["# One step of one adapted layer", "", ", ".join(f"{k} {v}" for k, v in head.items()), ""]
     lines += ["Forward and backward over those of the frozen layer, best of all rounds. See ../README.md.", ""]
     for layer in dict.fromkeys(f.layer for f in figures):
@@ -245,12 +275,11 @@ def markdown(figures: list[Figures], head: dict[str, str]) -> str:
         for row in dict.fromkeys(f.row for f in figures if f.layer == layer):
             found = {f.contestant: f for f in figures if (f.layer, f.row) == (layer, row)}
             goal = found["nerine"].goal
-            shown = [f"{found[n].ratio:.2f}{' *' if found[n].note else ''}" if n in found else "" for n in names]
             verdict = "" if goal is None else f"{goal:.2f} {'reached' if found['nerine'].reached else 'not reached'}"
-            lines.append(f"| {row} | {verdict} | {' | '.join(shown)} |")
+            lines.append(f"| {row} | {verdict} | {' | '.join(marked(found.get(n)) for n in names)} |")
         lines.append("")
-    notes = sorted({f"{f.contestant}, {f.row}: {f.note}" for f in figures if f.note})
-    lines += [f"\\* {'; '.join(notes)}", ""] if notes else []
+    found_notes = notes(figures)
+    lines += [f"\\* {'; '.join(found_notes)}", ""] if found_notes else []
     lines += ["## Everything", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cells(f))} |" for f in figures]
     return "\n".join(lines) + "\n"
@@ -293,7 +322,7 @@ def main() -> None:
     for layer in args.layers:
         found = measure(layer, [ROWS[name] for name in args.rows], args.rounds, not args.no_peers)
         figures += found
-        print(f"\n{text_table(found)}", flush=True)
+        print("\n".join(("", text_table(found), *notes(found))), flush=True)
     head["load after"] = load()
     print(f"\nload after: {head['load after']}")
     if args.json:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from step_rows import Problem, Row, axis_norm
+from step_maps import axis_norm
+from step_rows import Problem, Row
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,11 +20,15 @@ __all__ = ["floor"]
 Forward = Callable[[Tensor], Tensor]
 
 
-def floor(p: Problem, row: Row, t: dict[str, Tensor]) -> Forward:
-    """A forward of the adapted layer over the trained tensors `t`."""
+def floor(p: Problem, row: Row, t: dict[str, Tensor]) -> Forward | None:
+    """A forward of the adapted layer over the trained tensors `t`, for the algorithms that have one here."""
     if row.kind == "loha":
         return _loha(p, row, t)
-    deviation = _lora if row.kind == "lora" else _lokr
+    if row.kind in _WHOLE:
+        return _WHOLE[row.kind](p, t)
+    if row.kind not in _BESIDE:
+        return None
+    deviation = _BESIDE[row.kind]
     if row.axis is None:
         add = deviation(p, t)
         return lambda x: add(x, p.op(x, p.weight, p.bias))
@@ -57,6 +62,56 @@ def _lokr(p: Problem, t: dict[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor
         return y.add_(p.op(mixed, w2).reshape(y.shape))
 
     return linear if isinstance(p.layer, nn.Linear) else conv
+
+
+def _tlora(p: Problem, t: dict[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Both halves as one low-rank product of twice the rank."""
+
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        up = torch.cat([t["p"].flatten(1) * t["lambda"], -t["base_p"].flatten(1) * t["base_lambda"]], 1)
+        pair = {"down": torch.cat([t["q"], t["base_q"]]), "up": up.reshape(*up.shape, *[1] * (t["p"].dim() - 2))}
+        return _lora(p, pair)(x, y)
+
+    return add
+
+
+def _glora(p: Problem, t: dict[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """One low-rank product of twice the rank, for W·a1 is only out x rank; on a convolution two."""
+
+    def linear(x: Tensor, y: Tensor) -> Tensor:
+        pair = {"down": torch.cat([t["a2"], t["b2"]]), "up": torch.cat([p.weight @ t["a1"], t["b1"]], 1)}
+        return _lora(p, pair)(x, y)
+
+    def conv(x: Tensor, y: Tensor) -> Tensor:
+        first = torch.einsum("oiyx,ir->oryx", p.weight, t["a1"].flatten(1))
+        y = y.add_(p.op(functional.conv2d(x, t["a2"]), first))
+        return y.add_(functional.conv2d(p.op(x, t["b2"]), t["b1"]))
+
+    return linear if isinstance(p.layer, nn.Linear) else conv
+
+
+_BESIDE = {"lora": _lora, "dylora": _lora, "lokr": _lokr, "tlora": _tlora, "glora": _glora}
+
+
+# -- entries and factors -----------------------------------------------------------------------------------------
+def _over_channels(p: Problem, t: Tensor) -> Tensor:
+    return t.reshape(-1, *[1] * (p.weight.dim() - 2))
+
+
+def _ia3(p: Problem, t: dict[str, Tensor]) -> Forward:
+    bias = _over_channels(p, p.bias)
+    return lambda x: torch.addcmul(bias, p.op(x, p.weight), 1 + _over_channels(p, t["w"]))
+
+
+def _ia3_input(p: Problem, t: dict[str, Tensor]) -> Forward:
+    return lambda x: p.op(x * (1 + _over_channels(p, t["w_in"])), p.weight, p.bias)
+
+
+def _full(p: Problem, t: dict[str, Tensor]) -> Forward:
+    return lambda x: p.op(x, p.weight + t["diff"], p.bias + t["diff_b"])
+
+
+_WHOLE = {"ia3": _ia3, "ia3-input": _ia3_input, "full": _full}
 
 
 # -- DoRA --------------------------------------------------------------------------------------------------------

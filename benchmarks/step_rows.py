@@ -1,6 +1,7 @@
 """What `step.py` measures: the layers, the rows (algorithms), the values of their tensors, and the dense reference.
 
-Every contestant of a row computes the same map from the same tensors; the reference builds the changed weight.
+Every contestant of a row computes the same map from the same tensors; the reference builds the changed weight
+(step_maps.py says how).
 """
 
 from __future__ import annotations
@@ -9,27 +10,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from step_maps import MAPS, Map, axis_norm
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["FACTOR", "GOALS", "LAYERS", "RANK", "ROWS", "Problem", "Row", "problem"]
-
-RANK, FACTOR = 16, 8
+__all__ = ["GOALS", "LAYERS", "ROWS", "Problem", "Row", "problem"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm: `kind` is lora, lokr or loha; `axis` is DoRA's, or None without DoRA."""
+    """One algorithm: `kind` is its name in `MAPS`; `axis` is DoRA's, or None without DoRA."""
 
     kind: str
     axis: str | None = None
 
     @property
+    def map(self) -> Map:
+        return MAPS[self.kind]
+
+    @property
     def name(self) -> str:
-        plain = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[self.kind]
         if self.axis is None:
-            return plain
-        return f"DoRA({plain})" if self.axis == "out" else f"DoRA({plain}, in)"
+            return self.map.name
+        return f"DoRA({self.map.name})" if self.axis == "out" else f"DoRA({self.map.name}, in)"
 
 
 ROWS = {
@@ -42,6 +45,16 @@ ROWS = {
         Row("loha"),
         Row("loha", "out"),
         Row("lora", "in"),
+        Row("dylora"),
+        Row("tlora"),
+        Row("glora"),
+        Row("full"),
+        Row("ia3"),
+        Row("ia3-input"),
+        Row("diag-oft"),
+        Row("diag-oft", "out"),
+        Row("boft"),
+        Row("oft-v2"),
     )
 }
 
@@ -54,7 +67,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 # Forward and backward over those of the frozen layer, fp32.
 GOALS: dict[str, dict[str, float]] = {
     "linear-1280": {"LoRA": 1.10, "DoRA(LoRA)": 1.16, "LoKr": 1.40, "DoRA(LoKr)": 1.45, "LoHa": 1.65},
-    "linear-3072": {"LoRA": 1.06, "DoRA(LoRA)": 1.12, "LoKr": 1.28, "DoRA(LoKr)": 1.32, "LoHa": 1.30},
+    "linear-3072": {"LoRA": 1.06, "DoRA(LoRA)": 1.12, "LoKr": 1.28, "DoRA(LoKr)": 1.32, "LoHa": 1.30}
+    | {"DyLoRA": 1.12, "T-LoRA": 1.12, "GLoRA": 1.15, "Full": 1.60, "IA3": 1.05, "IA3 (input)": 1.05}
+    | {"Diag-OFT": 1.12, "BOFT": 1.60},
+    "conv-320": dict.fromkeys(ROWS, 1.60),
 }
 
 
@@ -92,52 +108,32 @@ class Problem:
     def values(self, row: Row) -> dict[str, Tensor]:
         """Tensors of an adapter in the middle of its training, under nerine's names."""
         rng = torch.Generator().manual_seed(1)
-        out, inputs, *kernel = self.weight.shape
-        flat = self.weight[0].numel()
 
         def draw(std: float, *shape: int) -> Tensor:
             return torch.randn(shape, generator=rng) * std
 
-        ones = [1] * len(kernel)
-        if row.kind == "lora":
-            values = {"down": draw(flat**-0.5, RANK, inputs, *kernel), "up": draw(0.02, out, RANK, *ones)}
-        elif row.kind == "lokr":
-            small = (out // FACTOR, inputs // FACTOR, *kernel)
-            values = {"w1": draw(0.3, FACTOR, FACTOR), "w2": draw(0.3 * flat**-0.5, *small)}
-        else:
-            values = {"w1_a": draw(0.1, out, RANK), "w1_b": draw(1.0, RANK, flat)}
-            values |= {"w2_a": draw(0.2 * flat**-0.5, out, RANK), "w2_b": draw(1.0, RANK, flat)}
+        values = row.map.values(tuple(self.weight.shape), draw)
         if row.axis is not None:
             norm = axis_norm(self.weight.detach(), row.axis)
             values["magnitude"] = norm * (1 + 0.1 * torch.randn(norm.shape, generator=rng))
         return values
 
-    def reference_weight(self, row: Row, values: dict[str, Tensor]) -> Tensor:
-        """The changed weight by the definition of each algorithm."""
-        t, shape = values, self.weight.shape
-        if row.kind == "lora":
-            delta = (t["up"].flatten(1) @ t["down"].flatten(1)).reshape(shape)
-        elif row.kind == "lokr":
-            delta = torch.kron(t["w1"].reshape(*t["w1"].shape, *[1] * (len(shape) - 2)), t["w2"])
-        else:
-            delta = ((t["w1_a"] @ t["w1_b"]) * (t["w2_a"] @ t["w2_b"])).reshape(shape)
-        changed = self.weight + delta
-        return changed if row.axis is None else changed * (t["magnitude"] / axis_norm(changed, row.axis))
+    def leaves(self, row: Row) -> dict[str, Tensor]:
+        """The same tensors, of which those that are trained ask for a gradient."""
+        return {name: t.requires_grad_(name not in row.map.constant) for name, t in self.values(row).items()}
 
     def reference(self, row: Row) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Output, gradient of x, and gradients of the trained tensors by name."""
-        values = {name: t.clone().requires_grad_() for name, t in self.values(row).items()}
+        values = self.leaves(row)
+        changed = row.map.changed(self.weight, values)
+        if row.axis is not None:
+            changed = changed * (values["magnitude"] / axis_norm(changed, row.axis))
+        bias = self.bias + values[row.map.shift] if row.map.shift else self.bias
         x = self.x.detach().clone().requires_grad_()
-        y = self.op(x, self.reference_weight(row, values), self.bias)
+        y = self.op(x, changed, bias)
         y.backward(self.grad)
         assert x.grad is not None
         return y.detach(), x.grad, {name: t.grad for name, t in values.items() if t.grad is not None}
-
-
-def axis_norm(weight: Tensor, axis: str) -> Tensor:
-    """Norms over all axes but one, shaped to multiply the weight."""
-    keep = 0 if axis == "out" else 1
-    return weight.square().sum([d for d in range(weight.dim()) if d != keep], keepdim=True).sqrt()
 
 
 def problem(layer: str) -> Problem:

@@ -17,7 +17,21 @@ from typing import TYPE_CHECKING, Any
 from nerine.version import __version__
 
 if TYPE_CHECKING:
-    from nerine.algorithms import DoRA, LoHa, LoKr, LoRA
+    from nerine.algorithms import (
+        BOFT,
+        IA3,
+        DiagOFT,
+        DoRA,
+        DyLoRA,
+        Full,
+        GLoRA,
+        LoHa,
+        LoKr,
+        LoRA,
+        Norm,
+        OFTv2,
+        TLoRA,
+    )
     from nerine.api import load, save
     from nerine.errors import (
         FormatError,
@@ -30,11 +44,26 @@ if TYPE_CHECKING:
         UnsupportedBase,
     )
     from nerine.model.network import Network, attach
+    from nerine.model.parametrize import parametrize
     from nerine.model.plan import plan
     from nerine.model.targets import Rule
 
 _HOMES = {
-    "nerine.algorithms": ("DoRA", "LoHa", "LoKr", "LoRA"),
+    "nerine.algorithms": (
+        "BOFT",
+        "DiagOFT",
+        "DoRA",
+        "DyLoRA",
+        "Full",
+        "GLoRA",
+        "IA3",
+        "LoHa",
+        "LoKr",
+        "LoRA",
+        "Norm",
+        "OFTv2",
+        "TLoRA",
+    ),
     "nerine.api": ("load", "save"),
     "nerine.errors": (
         "FormatError",
@@ -47,14 +76,21 @@ _HOMES = {
         "UnsupportedBase",
     ),
     "nerine.model.network": ("Network", "attach"),
+    "nerine.model.parametrize": ("parametrize",),
     "nerine.model.plan": ("plan",),
     "nerine.model.targets": ("Rule",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BOFT",
+    "IA3",
+    "DiagOFT",
     "DoRA",
+    "DyLoRA",
     "FormatError",
+    "Full",
+    "GLoRA",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -62,14 +98,18 @@ __all__ = [
     "MissingExtra",
     "NerineError",
     "Network",
+    "Norm",
+    "OFTv2",
     "OptionError",
     "Rule",
     "ShapeError",
+    "TLoRA",
     "TargetError",
     "UnsupportedBase",
     "__version__",
     "attach",
     "load",
+    "parametrize",
     "plan",
     "save",
 ]

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from nerine.algorithms import Params
-from nerine.errors import FormatError, OptionError, UnsupportedBase, nearest
+from nerine.algorithms import Algorithm, Params
+from nerine.errors import FormatError, OptionError, nearest
 from nerine.files.checkpoint import Checkpoint, Record, SaveReport
 from nerine.files.dialects import DIALECTS
 from nerine.files.meta import write_meta
 from nerine.files.store import open_file, write_file
 from nerine.model.adapter import Noise, check_strength
-from nerine.model.attach import mount_of
-from nerine.model.layer import is_layer, site_of, weight_of
+from nerine.model.attach import weight_at
 from nerine.model.network import Fitting, Network, check_name, fit_in
+from nerine.model.targets import every_spot
 from nerine.site import Site
 from nerine.version import __version__
 
@@ -64,17 +65,14 @@ def save(
 
 
 def _records(network: Network) -> dict[str, Record]:
-    modules = dict(network.model.named_modules())
     records = {}
-    for path, _, adapter in network.adapters():
-        layer, mount = modules[path], mount_of(modules[path])
-        base = mount.original if mount is not None and mount.original is not None else weight_of(layer)
+    for holder, mount, _, adapter in network.placed():
+        base = weight_at(holder, mount) if mount.original is None else mount.original[0]
         with torch.no_grad():
-            folded = adapter.folded()
-            params = adapter.algorithm.for_file(folded, base.detach())
-        records[path] = Record(
-            adapter.algorithm, Params({k: t.detach() for k, t in params.tensors.items()}, params.scale)
-        )
+            p = adapter.folded()
+            if not adapter.site.experts:
+                p = adapter.algorithm.for_file(p, base.detach())
+        records[mount.path] = Record(adapter.algorithm, adapter.site, p.filled(t.detach() for t in p.tensors.values()))
     return records
 
 
@@ -100,12 +98,14 @@ def load(
     dropout: float = 0.0,
     rank_dropout: float = 0.0,
     module_dropout: float = 0.0,
+    algorithms: Sequence[type[Algorithm]] = (),
 ) -> Network:
     """Put the adapters of a file on `model`, or copy them into a `Network` that is attached already (to resume).
 
     The returned network's `report` says which layers were matched, which keys were not used and why, and which layers
     the file should have had. With `strict` an unused key or missing layer is an error. The other settings are those
-    of `attach`; resuming keeps the network's own. Loading twice is the same as loading once.
+    of `attach`; resuming keeps the network's own. `algorithms` are classes of your own that the file may hold beside
+    those of the registry. Loading twice is the same as loading once.
 
     Raises:
         FormatError: damaged, nothing matched, or not complete under `strict`.
@@ -113,42 +113,49 @@ def load(
         OptionError: the name is taken. The model is untouched whenever an error is raised.
     """
     if isinstance(model, Network):
-        return _resume(model, file, strict)
+        return _resume(model, file, strict, algorithms)
     if not isinstance(model, nn.Module):
         raise OptionError(f"load: expected a torch.nn.Module or a Network, got {type(model).__name__}")
     check_strength(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
-    layers, sites = _sites(model)
-    checkpoint = _read(file, sites, strict)
-    fittings = [
-        Fitting(path, layers[path], sites[path], r.algorithm, _placed(r.params, layers[path]), strength=strength)
-        for path, r in checkpoint.records.items()
-    ]
+    spots = every_spot(model, _rows_in(file))
+    checkpoint = _read(file, {path: spot.site for path, spot in spots.items()}, strict, algorithms=algorithms)
+    fittings, notes = [], []
+    for path, record in checkpoint.records.items():
+        weight = weight_at(spots[path].holder, spots[path]).detach()
+        params, note = _completed(record, weight)
+        notes += [f"{path}: {note}"] if note else []
+        fittings.append(Fitting(spots[path], record.algorithm, _placed(params, weight), strength=strength))
     network, _ = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
-    network.report = checkpoint.report
+    network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))
     return network
 
 
-def _sites(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Site]]:
-    layers, sites = {}, {}
-    for path, module in model.named_modules():
-        if is_layer(module):
-            try:
-                sites[path] = site_of(module, path)
-            except UnsupportedBase as error:
-                _log.info("%s", error)
-                continue
-            layers[path] = module
-    return layers, sites
+def _rows_in(file: str | os.PathLike[str]) -> list[tuple[int, int]]:
+    """The row ranges of adapters on some rows of a weight, whose names in the file end in [start:stop]."""
+    with open_file(file) as source:
+        found = {match.groups() for key in source.keys for match in re.finditer(r"\[(\d+):(\d+)\]", key)}
+    return sorted((int(start), int(stop)) for start, stop in found)
+
+
+def _completed(record: Record, weight: torch.Tensor) -> tuple[Params, str]:
+    """The tensors of a record with what its file leaves to be worked out from the weight."""
+    if weight.is_meta or record.site.experts:
+        return record.params, ""
+    return record.algorithm.complete(record.params, weight)
 
 
 def _read(
-    file: str | os.PathLike[str], sites: Mapping[str, Site], strict: bool, wanted: Iterable[str] = ()
+    file: str | os.PathLike[str],
+    sites: Mapping[str, Site],
+    strict: bool,
+    wanted: Iterable[str] = (),
+    algorithms: Sequence[type[Algorithm]] = (),
 ) -> Checkpoint:
     """The checkpoint of a file; `wanted` layers that it lacks are reported as missing."""
     with open_file(file) as source:
-        checkpoint = DIALECTS["lycoris"].read(source, sites)
+        checkpoint = DIALECTS["lycoris"].knowing(algorithms).read(source, sites)
     report = checkpoint.report.lacking(tuple(path for path in wanted if path not in checkpoint.records))
     if report.unmatched or report.missing:
         summary = (
@@ -162,22 +169,29 @@ def _read(
     return replace(checkpoint, report=report)
 
 
-def _placed(params: Params, layer: nn.Module) -> Params:
+def _placed(params: Params, weight: torch.Tensor) -> Params:
     """Tensors on the device of their layer, in the format in which a fresh adapter would be."""
-    weight = weight_of(layer)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return Params({name: t.to(device=weight.device, dtype=dtype) for name, t in params.tensors.items()}, params.scale)
+    return params.filled(t.to(device=weight.device, dtype=dtype) for t in params.tensors.values())
 
 
-def _resume(network: Network, file: str | os.PathLike[str], strict: bool) -> Network:
+def _resume(
+    network: Network, file: str | os.PathLike[str], strict: bool, algorithms: Sequence[type[Algorithm]]
+) -> Network:
     if len(network.names) != 1:
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
-    adapters = {path: adapter for path, _, adapter in network.adapters()}
-    checkpoint = _read(file, {path: adapter.site for path, adapter in adapters.items()}, strict, adapters)
+    placed = {mount.path: (holder, mount, adapter) for holder, mount, _, adapter in network.placed()}
+    sites = {path: adapter.site for path, (*_, adapter) in placed.items()}
+    checkpoint = _read(file, sites, strict, placed, algorithms)
+    found, notes = {}, []
     for path, record in checkpoint.records.items():
-        adapters[path].check_same(record.algorithm, record.params)
+        holder, mount, adapter = placed[path]
+        params, note = _completed(record, weight_at(holder, mount).detach())
+        notes += [f"{path}: {note}"] if note else []
+        found[path] = adapter.algorithm.from_file(params)
+        adapter.check_same(record.algorithm, found[path])
     network.not_merged("load tensors")
-    for path, record in checkpoint.records.items():
-        adapters[path].take(record.params)
-    network.report = checkpoint.report
+    for path, params in found.items():
+        placed[path][2].take(params)
+    network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))
     return network

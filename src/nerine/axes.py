@@ -3,6 +3,7 @@
     "out rank"        two axes; the same word means the same size in every tensor of the layout
     "rank in *k"      `*k` stands for all kernel axes of the layer (none for a linear layer)
     "out rank *1"     `*1` stands for as many axes of size one as the layer has kernel axes
+    "?1 out *1"       `?1` is one axis of size one, there only where the layer has kernel axes
     "1 in"            a literal one
 
 A `Layout` is one way in which the tensors of an algorithm can stand in memory and in a file; `bind` solves for the
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nerine.errors import ShapeError
 
@@ -28,8 +29,9 @@ class Spec:
     """One tensor of a layout: its axes, its key in a file and how it starts.
 
     `init` and `live` are names of initialisers: `live` is what the tensor starts from where a learned scalar already
-    makes the deviation zero. A `carrier` may be multiplied by a number to multiply the whole deviation by it.
-    `gate` names the axis along which single entries can be switched off (rank dropout).
+    makes the deviation zero. The `carrier`s together may be multiplied by a number to multiply the whole deviation by
+    it. `gate` names the axis along which single entries can be switched off (rank dropout). A tensor that is not
+    `trained` is a constant of the adapter.
     """
 
     axes: str
@@ -38,6 +40,7 @@ class Spec:
     live: str = "kaiming"
     carrier: bool = False
     gate: str = ""
+    trained: bool = True
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -46,26 +49,34 @@ class Spec:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of one adapter by name, and the equations between the sizes of their axes, such as "out = a b"."""
+    """The tensors of one adapter by name, and the equations between the sizes of their axes, such as "out = a b".
+
+    `alpha` says what a file's `alpha` means: "scale" (alpha / rank multiplies), "constraint" (a bound, taken as it is)
+    or nothing (""). `marks` are further keys of a file with the number that each must hold.
+    """
 
     specs: Mapping[str, Spec]
     relations: tuple[str, ...] = ()
+    alpha: str = "scale"
+    marks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def keys(self) -> frozenset[str]:
         """The suffixes that a file has for this layout."""
-        return frozenset(spec.key for spec in self.specs.values())
+        return frozenset([*(spec.key for spec in self.specs.values()), *self.marks])
 
     @property
-    def carrier(self) -> str:
-        """Name of the tensor that takes a scalar factor for the whole deviation."""
-        return next(name for name, spec in self.specs.items() if spec.carrier)
+    def carriers(self) -> tuple[str, ...]:
+        """Names of the tensors that, multiplied by one number, multiply the whole deviation by it."""
+        return tuple(name for name, spec in self.specs.items() if spec.carrier)
 
-    @property
-    def gate(self) -> tuple[str, int]:
-        """Name of the tensor that a gate multiplies, and the axis along which it does."""
-        name, spec = next((n, s) for n, s in self.specs.items() if s.gate)
-        return name, spec.words.index(spec.gate)
+    def gates(self, has_kernel: bool) -> tuple[tuple[str, int], ...]:
+        """Names of the tensors that one gate multiplies, and the axis along which it does at a layer with a kernel or
+        without."""
+        gated = (
+            (name, [w for w in spec.words if has_kernel or w != "?1"], spec.gate) for name, spec in self.specs.items()
+        )
+        return tuple((name, words.index(gate)) for name, words, gate in gated if gate)
 
 
 def kernel_of(sizes: Mapping[str, int]) -> Shape:
@@ -84,6 +95,8 @@ def shape_of(spec: Spec, sizes: Mapping[str, int]) -> Shape:
             shape += kernel_of(sizes)
         elif word == "*1":
             shape += [1] * len(kernel_of(sizes))
+        elif word == "?1":
+            shape += [1] * bool(kernel_of(sizes))
         else:
             shape.append(1 if word == "1" else sizes[word])
     return tuple(shape)
@@ -91,10 +104,12 @@ def shape_of(spec: Spec, sizes: Mapping[str, int]) -> Shape:
 
 def _spread(spec: Spec, shape: Shape, kernel_axes: int | None, where: str) -> list[str]:
     """One axis word per dimension of `shape`."""
-    starred = [word for word in spec.words if word.startswith("*")]
-    extra = len(shape) - len(spec.words) + len(starred)
+    starred = any(word.startswith("*") for word in spec.words)
+    plain = sum(word not in ("*k", "*1", "?1") for word in spec.words)
+    only_kernel = "?1" in spec.words
+    extra = len(shape) - plain - (only_kernel and len(shape) > plain)
     if extra < 0 or (not starred and extra) or (starred and kernel_axes not in (None, extra)):
-        want = len(spec.words) - len(starred) + (kernel_axes or 0) * len(starred)
+        want = plain + (kernel_axes or 0) * starred + bool(only_kernel and kernel_axes)
         raise ShapeError(
             f"{where}.{spec.key}: expected {want} axes '{spec.axes}', got {len(shape)} in {shape}. "
             "Is this file for another layer or model?"
@@ -105,6 +120,8 @@ def _spread(spec: Spec, shape: Shape, kernel_axes: int | None, where: str) -> li
             words += [f"k{i}" for i in range(extra)]
         elif word == "*1":
             words += ["1"] * extra
+        elif word == "?1":
+            words += ["1"] * bool(extra)
         else:
             words.append(word)
     return words

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from contract.battery import check_file
-from contract.cases import ALGORITHMS, FEW, places_for
+from contract.cases import ALGORITHMS, few, places_for
 from nerine.algorithms import Algorithm
+from nerine.testing.battery import check_file
 
 pytestmark = [
     pytest.mark.no_device_guard,  # one device only, and thousands of small operations
@@ -26,5 +26,5 @@ def test_file(algorithm: Algorithm, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
 def test_file_in_half_precision(algorithm: Algorithm, dtype: torch.dtype, tmp_path: Path) -> None:
-    for place in FEW:
+    for place in few(algorithm):
         check_file(algorithm, place, tmp_path, dtype)

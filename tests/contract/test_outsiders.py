@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.battery import (
+from contract.cases import FEW, TINY, around, few, places_of
+from nerine.algorithms import Algorithm, Design, Params, Sandwich
+from nerine.axes import Layout, Shape, Spec
+from nerine.site import Site
+from nerine.testing.battery import (
     check_checkpointing,
     check_copies,
     check_faces,
@@ -25,10 +29,6 @@ from contract.battery import (
     check_unmerge,
     check_zero_at_first,
 )
-from contract.cases import FEW, PLACES, TINY, around
-from nerine.algorithms import Algorithm, Design, Params, Sandwich
-from nerine.axes import Layout, Shape, Spec
-from nerine.site import Site
 
 pytestmark = [
     pytest.mark.no_device_guard,  # one device only, and thousands of small operations
@@ -137,14 +137,14 @@ OUTSIDERS = tuple(a for toy in (OnOutput(), OnInput(), Turn(), PreAndDelta(), Al
 
 @pytest.mark.parametrize("algorithm", OUTSIDERS, ids=str)
 def test_faces(algorithm: Algorithm) -> None:
-    for place in PLACES:
+    for place in places_of(algorithm):
         check_faces(algorithm, place)
 
 
 @pytest.mark.parametrize("algorithm", OUTSIDERS, ids=str)
 def test_deviations(algorithm: Algorithm) -> None:
     turns = isinstance(getattr(algorithm, "inner", algorithm), Turn)
-    for place in PLACES:
+    for place in places_of(algorithm):
         if turns and "depthwise" in place.name:
             continue  # there a block is one channel, which cannot turn
         check_zero_at_first(algorithm, place)
@@ -155,26 +155,26 @@ def test_deviations(algorithm: Algorithm) -> None:
 
 @pytest.mark.parametrize("algorithm", [a for a in OUTSIDERS if getattr(a, "axis", "") != "in"], ids=str)
 def test_row_norm(algorithm: Algorithm) -> None:
-    for place in FEW:
+    for place in few(algorithm):
         check_row_norm(algorithm, place)
 
 
 @pytest.mark.parametrize("algorithm", OUTSIDERS, ids=str)
 def test_merging(algorithm: Algorithm) -> None:
-    for place in FEW:
+    for place in few(algorithm):
         check_merge(algorithm, place)
         check_unmerge(algorithm, place, torch.bfloat16)
 
 
 @pytest.mark.parametrize("algorithm", OUTSIDERS, ids=str)
 def test_machinery(algorithm: Algorithm) -> None:
-    for place in TINY:
+    for place in places_of(algorithm, TINY):
         check_gradients(algorithm, place)
         check_copies(algorithm, place)
         check_checkpointing(algorithm, place, False, dropout=0.2, rank_dropout=0.2, module_dropout=0.2)
 
 
-@pytest.mark.parametrize("place", FEW, ids=str)
+@pytest.mark.parametrize("place", places_of(Turn(), FEW), ids=str)
 def test_stack(place) -> None:
     check_stack((Turn(), PreAndDelta(), OnOutput()), place)
     check_stack((*around(AllThree()),), place)

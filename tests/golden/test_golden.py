@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ SETTINGS = {
         {"rank": 2, "alpha": 1.5},
         {"rank": 2, "alpha": 3.0, "tucker": True},
         {"rank": 4, "alpha": 3.0, "rs": True},
+        {"rank": 2, "alpha": 1.5, "init": "pissa"},
     ],
     "loha": [{"rank": 2, "alpha": 1.5}, {"rank": 2, "alpha": 3.0, "tucker": True}],
     "lokr": [
@@ -32,12 +34,22 @@ SETTINGS = {
         {"rank": 1, "alpha": 2.0, "decompose_both": True, "tucker": True},
         {"full_matrix": True},
     ],
+    "dylora": [{"rank": 4, "alpha": 3.0, "block_size": 2}],
+    "tlora": [{"rank": 2, "alpha": 1.5}],
+    "glora": [{"rank": 2, "alpha": 1.5}],
+    "full": [{"bias": True}],
+    "norm": [{"bias": True}],
+    "ia3": [{"on_input": False}, {"on_input": True}],
+    "diag-oft": [{"block_size": 2}, {"block_size": 2, "constraint": 0.0625, "rescale": True}],
+    "boft": [{"block_size": 2}, {"block_size": 2, "constraint": 0.0625, "rescale": True}],
+    "oft-v2": [{"block_size": 2}, {"block_size": 2, "terms": 0}],
 }
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 8), (3, 12)),
     "conv": (lambda: nn.Conv2d(4, 6, (3, 2), padding=1, stride=2), (2, 4, 5, 6)),
     "grouped": (lambda: nn.Conv1d(8, 6, 3, groups=2, padding=1, padding_mode="circular"), (2, 8, 5)),
 }
+NORM_LAYERS = {"layer norm": (lambda: nn.LayerNorm(6), (3, 6)), "group norm": (lambda: nn.GroupNorm(2, 4), (2, 4, 3))}
 
 
 def wave(shape: tuple[int, ...], phase: float) -> Tensor:
@@ -48,19 +60,24 @@ def wave(shape: tuple[int, ...], phase: float) -> Tensor:
 
 def algorithms() -> list[Algorithm]:
     plain = [REGISTRY[name](**s) for name, variants in SETTINGS.items() for s in variants]
-    return [a for p in plain for a in (p, DoRA(p), DoRA(p, axis="in"))]
+    return [a for p in plain for a in ((p,) if p.kinds == {"norm"} else (p, DoRA(p), DoRA(p, axis="in")))]
+
+
+def layers(algorithm: Algorithm) -> dict[str, Any]:
+    return NORM_LAYERS if algorithm.kinds == {"norm"} else LAYERS
 
 
 def case(algorithm: Algorithm, layer: str) -> dict[str, list[float]]:
     """Numbers of one adapter: output and weight, at strength 1 and 0.5, thinned out."""
-    make, shape = LAYERS[layer]
+    make, shape = layers(algorithm)[layer]
     model = nn.Sequential(make().double().requires_grad_(False))
     model[0].weight.copy_(wave(tuple(model[0].weight.shape), 0.1) * 0.5)
     model[0].bias.copy_(wave(tuple(model[0].bias.shape), 0.2))
+    model.eval()
     network = nerine.attach(model, algorithm)
     ((_, _, adapter),) = network.adapters()
     with torch.no_grad():
-        for i, (name, p) in enumerate(adapter.named_parameters()):
+        for i, (name, p) in enumerate(adapter.params().tensors.items()):
             p.copy_(1.5 + 0.5 * wave(tuple(p.shape), i) if name == "magnitude" else 0.6 * wave(tuple(p.shape), i + 0.5))
     x = wave(shape, 0.3)
     found = {"output": model(x).detach()}
@@ -84,7 +101,7 @@ def known() -> dict[Algorithm, dict[str, dict[str, list[float]]]]:
     return {build(json.loads(key)): numbers for key, numbers in json.loads(FILE.read_text("utf-8")).items()}
 
 
-KEYS = [(algorithm, layer) for algorithm in algorithms() for layer in LAYERS]
+KEYS = [(algorithm, layer) for algorithm in algorithms() for layer in layers(algorithm)]
 
 
 @pytest.mark.parametrize(("algorithm", "layer"), KEYS, ids=lambda v: str(v))

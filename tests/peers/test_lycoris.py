@@ -209,7 +209,7 @@ def test_d2_they_lose_small_deltas_on_a_bf16_base() -> None:
             network = nerine.attach(model, LoRA(rank=2))
             network.load_state_dict({"lin.down": down, "lin.up": up})
             ((*_, adapter),) = network.adapters()
-            params = adapter(x)
+            params = adapter(x).params
             merged = adapter.algorithm.delta(params, (30, 24)).detach().double()
         else:
             network = lycoris.create_lycoris(model, 1.0, algo="lora", linear_dim=2, linear_alpha=2.0)

@@ -131,8 +131,8 @@ def test_messages(name: str) -> None:
 
 def test_what_a_layout_says_of_itself() -> None:
     assert LORA.keys == {"lora_down.weight", "lora_up.weight"}
-    assert (LORA.carrier, LORA.gate) == ("up", ("up", 1))
-    assert (KRON.carrier, KRON.gate) == ("w1", ("w2", 0))
+    assert (LORA.carriers, LORA.gates(True)) == (("up",), (("up", 1),))
+    assert (KRON.carriers, KRON.gates(False)) == (("w1",), (("w2", 0),))
 
 
 # -- any layout ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ FLOORS = {
     "integrations": 4,
     "kohya": 4,  # thin doors to integrations/, at the root
     "lycoris": 4,
+    "testing": 5,
     "cli": 5,
     "__main__": 5,
     "train": 5,

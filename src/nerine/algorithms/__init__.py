@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nerine.algorithms.base import Algorithm, Call, Design, Params, Sandwich, prefers_weight
+from nerine.algorithms.boft import BOFT
+from nerine.algorithms.diag_oft import DiagOFT
 from nerine.algorithms.dora import DoRA
+from nerine.algorithms.dylora import DyLoRA
+from nerine.algorithms.full import Full
+from nerine.algorithms.glora import GLoRA
+from nerine.algorithms.ia3 import IA3
 from nerine.algorithms.loha import LoHa
 from nerine.algorithms.lokr import LoKr
 from nerine.algorithms.lora import LoRA
+from nerine.algorithms.norm import Norm
+from nerine.algorithms.oft_v2 import OFTv2
+from nerine.algorithms.tlora import TLoRA
 from nerine.errors import OptionError, nearest
 
 __all__ = [
+    "BOFT",
+    "IA3",
     "REGISTRY",
     "Algorithm",
     "Call",
     "Design",
+    "DiagOFT",
     "DoRA",
+    "DyLoRA",
+    "Full",
+    "GLoRA",
     "LoHa",
     "LoKr",
     "LoRA",
+    "Norm",
+    "OFTv2",
     "Params",
     "Sandwich",
+    "TLoRA",
     "build",
     "prefers_weight",
 ]
@@ -31,19 +49,30 @@ REGISTRY: Mapping[str, type[Algorithm]] = {
     "lora": LoRA,
     "loha": LoHa,
     "lokr": LoKr,
+    "dylora": DyLoRA,
+    "tlora": TLoRA,
+    "glora": GLoRA,
+    "full": Full,
+    "norm": Norm,
+    "ia3": IA3,
+    "diag-oft": DiagOFT,
+    "boft": BOFT,
+    "oft-v2": OFTv2,
 }
 
 
-def build(settings: Mapping[str, Any]) -> Algorithm:
-    """The algorithm that `settings` (as `Algorithm.settings` gives them) describe.
+def build(settings: Mapping[str, Any], others: Sequence[type[Algorithm]] = ()) -> Algorithm:
+    """The algorithm that `settings` (as `Algorithm.settings` gives them) describe; `others` are known beside the
+    registry.
 
     Raises:
         OptionError: an unknown name or setting.
     """
+    known = {**REGISTRY, **{other.name: other for other in others}}
     values = dict(settings)
     name = str(values.pop("algorithm", ""))
     if name == DoRA.name:
-        return DoRA(build(values.pop("inner", {})), **values)
-    if name not in REGISTRY:
-        raise OptionError(f"no algorithm is called {name!r}. {nearest(name, [*REGISTRY, DoRA.name])}")
-    return REGISTRY[name](**values)
+        return DoRA(build(values.pop("inner", {}), others), **values)
+    if name not in known:
+        raise OptionError(f"no algorithm is called {name!r}. {nearest(name, [*known, DoRA.name])}")
+    return known[name](**values)

@@ -6,7 +6,7 @@ Every algorithm is a *deviation*: zero means unchanged, strength multiplies it, 
     activation face   deviation(p, call)      =  op(x, W' - W)      training and inference
 
 `Sandwich` derives both from small pieces that act on the channels; an algorithm writes only the pieces. Settings are
-fields of a frozen dataclass and only `design` and `init` read them: the maths reads every size from the tensors, so
+fields of a frozen dataclass and only `design` and `start` read them: the maths reads every size from the tensors, so
 a file needs no settings to be read. Nothing here chooses a device or a number format, holds state or reads a file.
 """
 
@@ -15,31 +15,45 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nerine.axes import Layout, Shape, Sizes, shape_of
+from nerine.axes import Layout, Shape, Sizes, Spec, shape_of
 from nerine.errors import OptionError, nearest
 from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import contract, replay
 from nerine.ops.row_norm import norm_from_square, row_square
 from nerine.site import Site
 
-__all__ = ["FLOOR", "Algorithm", "Call", "Design", "Params", "Sandwich", "prefers_weight"]
+__all__ = ["FLOOR", "Algorithm", "Call", "Design", "Params", "Sandwich", "Strength", "prefers_weight"]
 
 BUILDING = 1.5  # the third product of the weight path and its building, in products of the layer's size (measured)
+Strength = Callable[[], Tensor | float]  # drawn only by who uses it
+
 FLOOR = 1e-12  # a row norm is never taken as less than this
 
 
 class Params(NamedTuple):
-    """The tensors of one adapter by name, and `scale` = alpha / rank, settled once (1 where there is none)."""
+    """The tensors of one adapter by name, and `scale`, settled once: alpha / rank, or the bound of a constraint."""
 
     tensors: Mapping[str, Tensor]
     scale: float = 1.0
+
+    def filled(self, values: Iterable[Tensor]) -> Params:
+        """The same adapter with other tensors, given in the order of these."""
+        return Params(dict(zip(self.tensors, values, strict=True)), self.scale)
+
+    def replaced(self, **tensors: Tensor) -> Params:
+        """The same adapter with some tensors exchanged."""
+        return Params({**self.tensors, **tensors}, self.scale)
+
+    def without(self, *names: str) -> Params:
+        """The same adapter less some tensors."""
+        return Params({name: t for name, t in self.tensors.items() if name not in names}, self.scale)
 
 
 class Design(NamedTuple):
@@ -58,14 +72,16 @@ class Design(NamedTuple):
     @property
     def trained(self) -> int:
         """Number of trained values."""
-        return sum(math.prod(shape) for shape in self.shapes.values()) + self.scalar
+        specs = self.layout.specs
+        return sum(math.prod(s) for name, s in self.shapes.items() if specs[name].trained) + self.scalar
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of one layer: its site, input, output, bias, and its weight for whoever asks for it.
 
-    `fresh` says that `y` belongs to nobody else yet, so that `Algorithm.output` may add to it in place.
+    `fresh` says that `y` belongs to nobody else yet, so that `Algorithm.output` may add to it in place. `gate`
+    `[batch, rank]` switches ranks on and off for each sample (only algorithms that say so are given one).
     """
 
     site: Site
@@ -74,6 +90,7 @@ class Call:
     bias: Tensor | None
     weight: Callable[[], Tensor]
     fresh: bool = False
+    gate: Tensor | None = None
 
     @property
     def sink(self) -> Tensor | None:
@@ -82,7 +99,7 @@ class Call:
 
     def plus(self, d: Tensor) -> Tensor:
         """y + d, in the memory of y where that is nobody else's. Only for the last use of y."""
-        return self.y.add_(d) if self.fresh and self.y.dtype == d.dtype else self.y + d
+        return self.y.add_(d) if self.fresh and self.y.dtype == d.dtype else self.y + same_dtype(d, self.y)
 
     def without_bias(self) -> Tensor:
         """The layer's own output before its bias."""
@@ -92,7 +109,8 @@ class Call:
 
 
 def _fill(init: str, tensor: Tensor, rng: torch.Generator | None) -> Tensor:
-    """Fill `tensor` by the name of an initialiser: zeros, ones, kaiming (uniform, gain of a linear layer), normal:σ."""
+    """Fill `tensor` by the name of an initialiser: zeros, ones, kaiming (uniform, gain of a linear layer), normal:σ,
+    orthogonal (rows of unit length at right angles, as many as there are dimensions for)."""
     kind, _, value = init.partition(":")
     if kind == "zeros":
         return tensor.zero_()
@@ -101,6 +119,8 @@ def _fill(init: str, tensor: Tensor, rng: torch.Generator | None) -> Tensor:
     if kind == "kaiming":
         bound = 1 / math.sqrt(max(1, math.prod(tensor.shape[1:])))
         return tensor.uniform_(-bound, bound, generator=rng)
+    if kind == "orthogonal":
+        return torch.nn.init.orthogonal_(tensor, generator=rng)
     return tensor.normal_(0.0, float(value), generator=rng)
 
 
@@ -114,19 +134,19 @@ def prefers_weight(cost: int, dense: int) -> bool:
     return 3 * cost > BUILDING * dense
 
 
-def _plain(x: Tensor, *_: Tensor) -> Tensor:
-    return x
-
-
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(ABC):
     """A map of weights. Concrete algorithms are frozen dataclasses whose fields are the settings.
 
-    *May* be overridden: `init`, `for_file`, `output`, `row_norm`, `cost`, and `deviation` where there is a faster form.
+    *May* be overridden: `unsuited`, `start`, `start_of`, `draw`, `gate`, `penalty`, `shift`, `for_file`, `from_file`,
+    `complete`, `weight`, `output`, `changed_input`, `row_norm`, `size`, `cost`, `fit`, and `deviation` where there is a
+    faster form.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "transposed", "embedding"})
+    keeps_mean: ClassVar[bool] = True  # whether dropped ranks are made up for by the others
 
     def __new__(cls, *args: Any, **settings: Any) -> Algorithm:
         fields = dataclasses.fields(cls)
@@ -152,19 +172,30 @@ class Algorithm(ABC):
     def design(self, site: Site) -> Design:
         """The layout, sizes and scale that the settings give at `site`."""
 
-    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
+    def unsuited(self, site: Site) -> str:
+        """Why these settings cannot act at `site`; empty where they can."""
+        if site.kind in self.kinds:
+            return ""
+        article = "an" if site.kind in ("embedding",) else "a"
+        return f"{type(self).__name__} does not act on {article} {site.kind} layer"
+
+    def start_of(self, name: str, spec: Spec, design: Design) -> str:
+        """The name of the initialiser of one tensor."""
+        return spec.live if design.scalar and spec.init == "zeros" else spec.init
+
+    def start(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
         """Fresh tensors on the device of `weight`, in at least fp32; the deviation they give is zero."""
         design = self.design(site)
         like = wide(weight.new_empty((0,)))
         tensors = {}
         for name, spec in design.layout.specs.items():
-            how = spec.live if design.scalar and spec.init == "zeros" else spec.init
-            tensors[name] = _fill(how, like.new_empty(shape_of(spec, design.sizes)), rng)
+            shape = shape_of(spec, design.sizes)
+            tensors[name] = _fill(self.start_of(name, spec, design), like.new_empty(shape), rng)
         if design.scalar:
             tensors["scalar"] = like.new_zeros((1,))
         return Params(tensors, design.scale)
 
-    def layout_of(self, names: Mapping[str, object]) -> Layout:
+    def layout_of(self, names: Iterable[str]) -> Layout:
         """The layout whose tensors are exactly those of `names` (a learned scalar aside)."""
         wanted = set(names) - {"scalar"}
         return next(layout for layout in self.layouts if set(layout.specs) == wanted)
@@ -186,6 +217,29 @@ class Algorithm(ABC):
         """The tensors from which any reader of the format computes W'; a learned scalar is in its carrier already."""
         return p
 
+    def from_file(self, p: Params) -> Params:
+        """The way back from `for_file`, where these settings say what the tensors were."""
+        return p
+
+    def complete(self, p: Params, weight: Tensor) -> tuple[Params, str]:
+        """Tensors of another program's file with what it leaves to be worked out from the weight; a note on that."""
+        return p, ""
+
+    # -- chance and context --------------------------------------------------------------------------------------
+    def draw(self, p: Params, uniform: Callable[[], Tensor]) -> Params:
+        """The tensors of one training step where the algorithm itself is random; `uniform` draws a 0-d tensor in
+        [0, 1) from torch's generator."""
+        return p
+
+    def gate(self, p: Params, timestep: Tensor) -> Tensor | None:
+        """The ranks that take part at `timestep` (0-d or `[batch]`), as ones and zeros `[rank]` or `[batch, rank]`;
+        None where time plays no role."""
+        return None
+
+    def penalty(self, p: Params) -> Tensor | None:
+        """What the algorithm asks to have added to the loss, 0-d, or None."""
+        return None
+
     # -- face 1: weights -----------------------------------------------------------------------------------------
     @abstractmethod
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
@@ -196,36 +250,54 @@ class Algorithm(ABC):
         weight = wide(weight)
         return weight + self.weight_deviation(p, weight)
 
+    def shift(self, p: Params) -> Tensor | None:
+        """bias' - bias `[out]`, or None where the bias stays."""
+        return None
+
+    def size(self, p: Params, weight: Tensor) -> Tensor:
+        """|W' - W| over all entries, 0-d, for limits and read-outs; with DoRA that of the inner deviation."""
+        size: Tensor = torch.linalg.vector_norm(self.weight_deviation(p, wide(weight)))
+        return size
+
+    def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
+        """The tensors of these settings for which W' comes closest to `target`.
+
+        Raises:
+            OptionError: this algorithm is not fitted in closed form.
+        """
+        raise OptionError(f"{type(self).__name__} cannot be fitted to a given weight; extract as LoRA or LoKr instead")
+
     # -- face 2: activations -------------------------------------------------------------------------------------
     def deviation(self, p: Params, call: Call) -> Tensor:
         """What the adapter adds to the layer's output: op(x, W' - W)."""
-        names = list(p.tensors)
 
         def build(weight: Tensor, *values: Tensor) -> Tensor:
             with full_precision(weight):
-                return self.weight_deviation(Params(dict(zip(names, values, strict=True)), p.scale), wide(weight))
+                return self.weight_deviation(p.filled(values), wide(weight))
 
         return self._contract(call, build, [call.weight(), *p.tensors.values()])
 
     def output(self, p: Params, call: Call) -> Tensor:
         """The layer's output with this adapter alone, at strength one: y + deviation."""
-        return call.y + self.deviation(p, call)
+        return call.y + same_dtype(self.deviation(p, call), call.y)
+
+    def changed_input(self, p: Params, site: Site, x: Tensor, strength: Strength) -> Tensor | None:
+        """x' with op(x', W) = op(x, W + strength·(W' - W)), where an adapter can act so; None where it cannot."""
+        return None
 
     @staticmethod
     def _contract(call: Call, build: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
         """op(x, build(tensors)), keeping nothing of the weight's size."""
         site = call.site
-        prepare = (lambda x, *_: site.prepared(x)) if site.border else _plain
-        return contract(site, call.x, build, tensors, prepare)
+        return contract(site, call.x, build, tensors, lambda x, *_: site.prepared(x))
 
     # -- for DoRA, and for the plan ------------------------------------------------------------------------------
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
         """Norms `[out]` of the rows of W', in at least fp32, differentiable."""
-        names = list(p.tensors)
 
         def rows(weight: Tensor, *values: Tensor) -> Tensor:
             with full_precision(weight):
-                changed = self.weight(Params(dict(zip(names, values, strict=True)), p.scale), weight)
+                changed = self.weight(p.filled(values), weight)
                 return norm_from_square(row_square(changed), FLOOR)
 
         return replay(rows, weight, *p.tensors.values())
@@ -243,9 +315,14 @@ class Sandwich(Algorithm):
         pre    on input channels    x -> x + pre(x)       W -> W + W·pre
         delta  beside the weight    y -> y + op(x, delta)  W -> W + delta
         post   on output channels   y -> y + post(y)      W -> W + post(W)
+        shift  on the bias          y -> y + shift         bias -> bias + shift
     """
 
     pieces: ClassVar[frozenset[str]] = frozenset({"delta"})
+
+    def pieces_of(self, p: Params) -> frozenset[str]:
+        """The pieces that these tensors have, where they decide."""
+        return self.pieces
 
     def pre(self, p: Params, t: Tensor, transpose: bool = False) -> Tensor:
         """The input piece on `t` `[..., in/groups]`; with `transpose`, its transpose (as it acts on a weight)."""
@@ -259,45 +336,64 @@ class Sandwich(Algorithm):
         """The output piece on `t` `[..., out]`."""
         raise NotImplementedError
 
+    def reach(self, p: Params) -> int:
+        """How many neighbouring outputs `post` mixes: blocks of this size stay by themselves."""
+        return 1
+
+    def _crosses_groups(self, p: Params, site: Site) -> bool:
+        """Whether `post` mixes outputs that a grouped convolution makes from different inputs: on the weight that is
+        another thing than on the output, and the weight decides."""
+        return site.groups > 1 and bool((site.shape[0] // site.groups) % self.reach(p))
+
     def add(self, p: Params, call: Call) -> Tensor:
         """scale·op(x, delta); *may* be overridden by a factored form, which the tests compare with this one."""
-        names, shape = list(p.tensors), call.site.shape
+        shape = call.site.shape
 
         def build(*values: Tensor) -> Tensor:
             with full_precision(values[0]):
-                return self.delta(Params(dict(zip(names, values, strict=True)), p.scale), shape) * p.scale
+                return self.delta(p.filled(values), shape) * p.scale
 
         return self._contract(call, build, list(p.tensors.values()))
 
     def output(self, p: Params, call: Call) -> Tensor:
-        if "post" in self.pieces:  # autograd may have kept y for that piece
+        if "post" in self.pieces_of(p):  # autograd may have kept y for that piece
             return super().output(p, call)
         return call.plus(self.deviation(p, call))
 
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
         d: Tensor | None = None
-        if "pre" in self.pieces:
+        pieces = self.pieces_of(p)
+        if "pre" in pieces:
             d = self.pre(p, weight.movedim(1, -1), transpose=True).movedim(-1, 1) * p.scale
-        if "delta" in self.pieces:
+        if "delta" in pieces:
             delta = self.delta(p, tuple(weight.shape)) * p.scale
             d = delta if d is None else d + delta
-        if "post" in self.pieces:
+        if "post" in pieces:
             v = weight if d is None else weight + d
             turned = self.post(p, v.movedim(0, -1)).movedim(-1, 0)
             d = turned if d is None else d + turned
         assert d is not None, f"{self.name} has no pieces"
         return d
 
+    def changed_input(self, p: Params, site: Site, x: Tensor, strength: Strength) -> Tensor | None:
+        if self.pieces_of(p) != {"pre"} or site.kind == "embedding":
+            return None
+        turned = self.pre(p, site.channels_last(x).unflatten(-1, (site.groups, -1))).flatten(-2)
+        return x + site.channels_first(turned) * (p.scale * strength())
+
     def deviation(self, p: Params, call: Call) -> Tensor:
         d: Tensor | None = None
-        site = call.site
-        if "pre" in self.pieces:
+        site, pieces = call.site, self.pieces_of(p)
+        tokens = "pre" in pieces and site.kind == "embedding"  # those are no numbers that could be changed
+        if tokens or ("post" in pieces and self._crosses_groups(p, site)):
+            return super().deviation(p, call)
+        if "pre" in pieces:
             turned = self.pre(p, site.channels_last(call.x).unflatten(-1, (site.groups, -1))).flatten(-2)
             d = site.op(site.channels_first(turned), call.weight()) * p.scale
-        if "delta" in self.pieces:
+        if "delta" in pieces:
             delta = self.add(p, call)
             d = delta if d is None else d + delta
-        if "post" in self.pieces:
+        if "post" in pieces:
             y = call.without_bias()
             turned = site.channels_first(self.post(p, site.channels_last(y if d is None else y + d)))
             d = turned if d is None else d + turned

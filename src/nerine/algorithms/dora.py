@@ -6,6 +6,7 @@ algorithm: `DoRA(LoKr(rank=8))`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,12 +68,15 @@ class DoRA(Algorithm):
         extra = ", axis='in'" if self.axis == "in" else ""
         return f"DoRA({self.inner}{extra})"
 
+    def unsuited(self, site: Site) -> str:
+        return super().unsuited(site) or self.inner.unsuited(site)
+
     def design(self, site: Site) -> Design:
         inner = self.inner.design(site)
         return inner._replace(layout=_around(inner.layout, self.axis))
 
-    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
-        inner = self.inner.init(site, weight, rng)
+    def start(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
+        inner = self.inner.start(site, weight, rng)
         with torch.no_grad():
             if self.axis == "out":
                 # by the very arithmetic of training, so that m/|V| starts as exactly one
@@ -81,13 +85,12 @@ class DoRA(Algorithm):
             else:
                 norm = self._norm(wide(weight))
             magnitude = torch.where(norm > FLOOR, norm, 0.0)
-        return Params({"magnitude": self._view(magnitude, weight.dim()), **inner.tensors}, inner.scale)
+        return self._joined(self._view(magnitude, weight.dim()), inner)
 
     def _silenced(self, inner: Params) -> Params:
         """`inner` as it acts while its learned scalar is still zero."""
-        carrier = self.inner.layout_of(inner.tensors).carrier
-        tensors = {name: t for name, t in inner.tensors.items() if name != "scalar"}
-        return Params({**tensors, carrier: tensors[carrier] * 0}, inner.scale)
+        carriers = self.inner.layout_of(inner.tensors).carriers
+        return inner.without("scalar").replaced(**{name: inner.tensors[name] * 0 for name in carriers})
 
     def for_file(self, p: Params, weight: Tensor) -> Params:
         """Other readers have no rule for zero magnitudes: give those rows the norm that they have (the same W')."""
@@ -95,7 +98,44 @@ class DoRA(Algorithm):
         if bool((magnitude == 0).any()):
             norm = self._norm(self.inner.weight(inner, weight))
             magnitude = torch.where(magnitude == 0, same_dtype(self._view(norm, weight.dim()), magnitude), magnitude)
-        return Params({"magnitude": magnitude, **self.inner.for_file(inner, weight).tensors}, p.scale)
+        return self._joined(magnitude, self.inner.for_file(inner, weight))
+
+    def from_file(self, p: Params) -> Params:
+        magnitude, inner = self._split(p)
+        return self._joined(magnitude, self.inner.from_file(inner))
+
+    def complete(self, p: Params, weight: Tensor) -> tuple[Params, str]:
+        magnitude, inner = self._split(p)
+        inner, note = self.inner.complete(inner, weight)
+        return self._joined(magnitude, inner), note
+
+    # -- what the inner algorithm decides --------------------------------------------------------------------------
+    @property
+    def keeps_mean(self) -> bool:  # type: ignore[override]
+        return self.inner.keeps_mean
+
+    def draw(self, p: Params, uniform: Callable[[], Tensor]) -> Params:
+        magnitude, inner = self._split(p)
+        return self._joined(magnitude, self.inner.draw(inner, uniform))
+
+    def gate(self, p: Params, timestep: Tensor) -> Tensor | None:
+        gate = self.inner.gate(self._split(p)[1], timestep)
+        if gate is not None and gate.dim() > 1:
+            raise OptionError(f"{self}: the norm of a weight is that of the whole batch; give it one timestep (0-d)")
+        return gate
+
+    def penalty(self, p: Params) -> Tensor | None:
+        return self.inner.penalty(self._split(p)[1])
+
+    def shift(self, p: Params) -> Tensor | None:
+        return self.inner.shift(self._split(p)[1])
+
+    def size(self, p: Params, weight: Tensor) -> Tensor:
+        return self.inner.size(self._split(p)[1], weight)
+
+    def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
+        norm = self._view(self._norm(wide(target)), weight.dim())
+        return self._joined(norm, self.inner.fit(site, weight, target))
 
     # -- pieces --------------------------------------------------------------------------------------------------
     def _view(self, v: Tensor, dims: int) -> Tensor:
@@ -114,8 +154,15 @@ class DoRA(Algorithm):
 
     @staticmethod
     def _split(p: Params) -> tuple[Tensor, Params]:
-        inner = {name: t for name, t in p.tensors.items() if name != "magnitude"}
-        return p.tensors["magnitude"], Params(inner, p.scale)
+        return p.tensors["magnitude"], p.without("magnitude")
+
+    @staticmethod
+    def _joined(magnitude: Tensor, inner: Params) -> Params:
+        return Params({"magnitude": magnitude, **inner.tensors}, inner.scale)
+
+    def _inner_and_gain(self, p: Params, call: Call) -> tuple[Params, Tensor]:
+        magnitude, inner = self._split(p)
+        return inner, self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
 
     # -- the two faces -------------------------------------------------------------------------------------------
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
@@ -128,8 +175,7 @@ class DoRA(Algorithm):
     def deviation(self, p: Params, call: Call) -> Tensor:
         if self.axis == "in":
             return super().deviation(p, call)
-        magnitude, inner = self._split(p)
-        gain = self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
+        inner, gain = self._inner_and_gain(p, call)
         d = self.inner.deviation(inner, call)
         return d + same_dtype(call.site.over_channels(gain - 1), d) * (call.without_bias() + d)
 
@@ -137,8 +183,7 @@ class DoRA(Algorithm):
         """m/|V| · (y + d) + (1 - m/|V|) · bias: one pass over the output of the inner adapter."""
         if self.axis == "in":
             return super().output(p, call)
-        magnitude, inner = self._split(p)
-        gain = self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
+        inner, gain = self._inner_and_gain(p, call)
         u = self.inner.output(inner, call)
         offset = torch.zeros_like(gain) if call.bias is None else call.bias * (1 - gain)
         return rescale(u, same_dtype(gain, u), same_dtype(offset, u), call.site.channel)

@@ -139,8 +139,12 @@ class LoKr(Sandwich):
         """The factors one after the other on the channels; the result is added to `into` where that is given."""
         site = call.site
         w1, w2 = self._w1(p) * p.scale, self._w2(p, site.kernel)
+        if site.kind == "embedding":  # token c·d + i is row c of w1ᵀ beside row i of w2ᵀ
+            size = w2.shape[1]
+            rows = w1.mT[call.x // size][..., :, None] * w2.mT[call.x % size][..., None, :]
+            return rows.flatten(-2)
         fine = replace(site, shape=tuple(w2.shape))  # w2 as a layer of its own, applied once for every row of w1
-        batched = site.kind == "conv" and call.x.dim() == len(site.kernel) + 2
+        batched = bool(site.kernel) and call.x.dim() == len(site.kernel) + 2
 
         def mixed(x: Tensor, w1: Tensor, _: Tensor) -> Tensor:
             h = mix_channels(x, same_dtype(w1, x), site.channel)

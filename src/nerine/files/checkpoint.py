@@ -8,6 +8,7 @@ from typing import Any
 
 from nerine.algorithms import Algorithm, Params
 from nerine.files.meta import Meta
+from nerine.site import Site
 from nerine.tables import table
 
 __all__ = ["Checkpoint", "LoadReport", "LoadRow", "Record", "SaveReport"]
@@ -15,9 +16,10 @@ __all__ = ["Checkpoint", "LoadReport", "LoadRow", "Record", "SaveReport"]
 
 @dataclass(frozen=True)
 class Record:
-    """The adapter of one layer: algorithm and tensors, in canonical names and shapes."""
+    """The adapter of one layer: algorithm, shape of the layer, and tensors in canonical names and shapes."""
 
     algorithm: Algorithm
+    site: Site
     params: Params
 
 
@@ -41,6 +43,7 @@ class LoadReport:
     unmatched: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()  # matched, but not executed by the model while others were
 
     def lacking(self, layers: tuple[str, ...]) -> LoadReport:
         """This report with `layers` among the missing ones."""
@@ -58,6 +61,7 @@ class LoadReport:
         )
         lines += [f"not used: {key}: {why}" for key, why in self.unmatched.items()]
         lines += [f"missing: {path}" for path in self.missing]
+        lines += [f"never executed: {path}: its adapter has no effect" for path in self.idle]
         return "\n".join([*lines, *self.notes])
 
 

@@ -7,7 +7,7 @@ docs/numerics), `version` of the library, `algorithms` (settings), `layers` ({pa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ def write_meta(layers: Mapping[str, Algorithm], version: str, other: Mapping[str
     return {"format": "pt", **other, _KEY: json.dumps(own, sort_keys=True, separators=(",", ":"))}
 
 
-def read_meta(metadata: Mapping[str, str], where: str) -> Meta:
+def read_meta(metadata: Mapping[str, str], where: str, others: Sequence[type[Algorithm]] = ()) -> Meta:
     """The metadata of a file; damaged or foreign settings are no error, for the tensors say all that is needed.
 
     Raises:
@@ -66,7 +66,7 @@ def read_meta(metadata: Mapping[str, str], where: str) -> Meta:
             f"while this one knows up to {SEMANTICS}; upgrade nerine to get the numbers it was trained with"
         )
     try:
-        algorithms = [build(settings) for settings in own["algorithms"]]
+        algorithms = [build(settings, others) for settings in own["algorithms"]]
         layers = {str(path): algorithms[int(i)] for path, i in own["layers"].items()}
     except (OptionError, *_UNREADABLE) as error:
         return Meta({}, semantics, version, other, f"the settings in the file are unusable ({error})")

@@ -1,13 +1,14 @@
 """Adapter: the one `nn.Module` of the library. It holds the tensors of any algorithm for one layer.
 
-Here, and only here, tensors meet a device, a learned scalar and chance: `forward` gives the parameters as one call
-of the layer sees them. It knows no layer: it is handed activations.
+Here, and only here, tensors meet a device, a learned scalar, time and chance: `forward` gives the parameters as one
+call of the layer sees them. It knows no layer: it is handed activations.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,17 @@ from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
 from nerine.site import Site
 
-__all__ = ["Adapter", "Noise", "check_strength"]
+__all__ = ["Adapter", "Context", "Drawn", "Noise", "check_strength", "start"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
     """Chance during training; each is a probability in [0, 1). None of it acts in eval mode.
 
-    `dropout` zeroes single values of the deviation and `rank_dropout` single ranks (rows of a factor where there is
-    no rank), both with the rest scaled up so that the expectation stays. `module_dropout` leaves out the whole
-    adapter for a call, without scaling. All are drawn from torch's generator on the device of the activations.
+    `dropout` zeroes single values of the deviation and `rank_dropout` single ranks (rows or blocks of a factor where
+    there is no rank), both with the rest scaled up so that the expectation stays; where a deviation does not grow with
+    its tensors, as in a rotation, ranks are dropped without scaling. `module_dropout` leaves out the whole adapter for
+    a call, without scaling. All are drawn from torch's generator on the device of the activations.
     """
 
     dropout: float = 0.0
@@ -40,17 +42,39 @@ class Noise:
                 raise OptionError(f"{name} must be a probability in [0, 1), got {value!r}")
 
 
+@dataclass
+class Context:
+    """What all adapters of a network are told about a step: the timesteps of its batch, 0-d or `[batch]`."""
+
+    timestep: Tensor | None = None
+
+
+class Drawn(NamedTuple):
+    """The tensors of one call, and the ranks that take part for each sample `[batch, rank]`, where that differs."""
+
+    params: Params
+    gate: Tensor | None = None
+
+
 def check_strength(value: object) -> None:
     """Raise `OptionError` where `value` is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise OptionError(f"strength must be a finite number, got {value!r}")
 
 
+def start(algorithm: Algorithm, site: Site, weight: Tensor, rng: torch.Generator | None) -> Params:
+    """Fresh tensors of `algorithm`; where the parameter holds several experts, one set for each, stacked."""
+    if not site.experts:
+        return algorithm.start(site, weight, rng)
+    each = [algorithm.start(site, w, rng) for w in weight]
+    return Params({name: torch.stack([p.tensors[name] for p in each]) for name in each[0].tensors}, each[0].scale)
+
+
 class Adapter(nn.Module):
     """The parameters of one algorithm at one layer, under their canonical names ("up", "w1_a", "magnitude", ...).
 
-    `strength` multiplies the deviation: 0 is bitwise the base, 1 the trained adapter, anything else between or beyond.
-    `lr` is the learning rate that a rule gave it, or None.
+    Constants of the algorithm are buffers. `strength` multiplies the deviation: 0 is bitwise the base, 1 the trained
+    adapter, anything else between or beyond. `lr` is the learning rate that a rule gave it, or None.
     """
 
     def __init__(
@@ -60,6 +84,7 @@ class Adapter(nn.Module):
         params: Params,
         *,
         noise: Noise | None = None,
+        context: Context | None = None,
         strength: float = 1.0,
         lr: float | None = None,
         where: str = "layer",
@@ -69,30 +94,38 @@ class Adapter(nn.Module):
         self.site = site
         self.scale = float(params.scale)
         self.noise = noise or Noise()
+        self.context = context or Context()
         self.strength = float(strength)
         self.lr = lr
         self.where = where
         self.names = tuple(params.tensors)
-        for name, tensor in params.tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach()))
         layout = algorithm.layout_of(params.tensors)
-        shapes = {name: tuple(t.shape) for name, t in params.tensors.items()}
+        for name, tensor in params.tensors.items():
+            if name == "scalar" or layout.specs[name].trained:
+                self.register_parameter(name, nn.Parameter(tensor.detach().contiguous()))
+            else:
+                self.register_buffer(name, tensor.detach().contiguous())
+        lead = 1 if site.experts else 0  # the axis of experts, before those of the layout
+        shapes = {name: tuple(t.shape[lead:]) for name, t in params.tensors.items()}
         sizes = bind(layout, shapes, site.sizes, where)
-        self.carrier = layout.carrier
-        self.gate_at = layout.gate
+        self.carriers = layout.carriers
+        self.gates = tuple((name, axis + lead) for name, axis in layout.gates(bool(site.kernel)))
         self.prefers_weight = prefers_weight(algorithm.cost(site, Design(layout, sizes)), site.dense)
+        self.has_gate = getattr(algorithm, "inner", algorithm).__class__.gate is not Algorithm.gate
 
     def params(self) -> Params:
         """The tensors as they are stored, a learned scalar among them."""
         return Params({name: getattr(self, name) for name in self.names}, self.scale)
 
     def folded(self) -> Params:
-        """The tensors with a learned scalar multiplied into its carrier: what a file holds."""
-        tensors = dict(self.params().tensors)
-        scalar = tensors.pop("scalar", None)
-        if scalar is not None:
-            tensors[self.carrier] = tensors[self.carrier] * scalar
-        return Params(tensors, self.scale)
+        """The tensors with a learned scalar multiplied into its carriers: what a file holds."""
+        p = self.params()
+        if "scalar" not in self.names:
+            return p
+        scalar = p.tensors["scalar"]
+        return p.without("scalar").replaced(
+            **{name: p.tensors[name] * scalar.reshape(-1, *[1] * (p.tensors[name].dim() - 1)) for name in self.carriers}
+        )
 
     def check_same(self, algorithm: Algorithm, params: Params) -> None:
         """Raise where `params` of `algorithm` cannot take the place of these tensors."""
@@ -114,29 +147,59 @@ class Adapter(nn.Module):
                 getattr(self, "scalar").fill_(1.0)  # noqa: B009
         self.scale = float(params.scale)
 
-    def forward(self, x: Tensor) -> Params:
-        """The tensors for a call with the activation `x`: on its device, scalar and rank dropout in them."""
-        tensors = dict(self.folded().tensors)
-        if any(t.device != x.device for t in tensors.values()):
-            tensors = {name: t.to(x.device) for name, t in tensors.items()}
-        if self.training and self.noise.rank_dropout:
-            name, axis = self.gate_at
-            tensors[name] = self._gated(tensors[name], axis)
-        return Params(tensors, self.scale)
+    # -- one call ------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Drawn:
+        """The tensors for a call with the activation `x`: on its device, with scalar, time and chance in them."""
+        p = self.folded()
+        if any(t.device != x.device for t in p.tensors.values()):
+            p = p.filled(t.to(x.device) for t in p.tensors.values())
+        if not self.training:
+            return Drawn(p)
+        p = self.algorithm.draw(p, lambda: torch.rand((), device=x.device))
+        if self.noise.rank_dropout:
+            p = self._gated(p, self._dropped(p))
+        if not self.has_gate or self.context.timestep is None:
+            return Drawn(p)
+        gate = self.algorithm.gate(p, self.context.timestep.to(x.device))
+        if gate is None or gate.dim() > 1:
+            return Drawn(p, gate)
+        return Drawn(self._gated(p, gate))
 
-    def _gated(self, t: Tensor, axis: int) -> Tensor:
+    @property
+    def is_per_sample(self) -> bool:
+        """Whether the ranks that take part differ within a batch, so that no one weight stands for the adapter."""
+        time = self.context.timestep
+        return self.training and self.has_gate and time is not None and time.dim() > 0
+
+    def _dropped(self, p: Params) -> Tensor:
+        """A random gate over the ranks."""
+        name, axis = self.gates[0]
         keep = 1 - self.noise.rank_dropout
-        gate = torch.rand(t.shape[axis], device=t.device) < keep
-        return t * (gate / keep).to(t.dtype).reshape(-1, *[1] * (t.dim() - 1 - axis))
+        t = p.tensors[name]
+        gate = (torch.rand(t.shape[axis], device=t.device) < keep).to(t.dtype)
+        return gate / keep if self.algorithm.keeps_mean else gate
+
+    def _gated(self, p: Params, gate: Tensor) -> Params:
+        """Every tensor that has a gate, times it."""
+        found = {}
+        for name, axis in self.gates:
+            t = p.tensors[name]
+            found[name] = t * gate.reshape(-1, *[1] * (t.dim() - 1 - axis))
+        return p.replaced(**found)
 
     @property
     def is_plain(self) -> bool:
         """Whether this call is the algorithm's output and nothing else: strength one, no chance on the deviation."""
         return self.strength == 1.0 and not (self.training and (self.noise.dropout or self.noise.module_dropout))
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether single values of the deviation are dropped in this call."""
+        return self.training and bool(self.noise.dropout)
+
     def weighted(self, deviation: Tensor) -> Tensor:
         """`deviation` with dropout and the strength of this call."""
-        if self.training and self.noise.dropout:
+        if self.has_dropout:
             deviation = nn.functional.dropout(deviation, self.noise.dropout)
         return deviation * self.call_strength(deviation)
 
@@ -144,8 +207,34 @@ class Adapter(nn.Module):
         """The strength of one call; with module dropout a 0-d tensor on the device of `x`."""
         if self.training and self.noise.module_dropout:
             kept = torch.rand((), device=x.device) >= self.noise.module_dropout
-            return kept.to(x.dtype) * self.strength
+            return kept.to(x.dtype if x.is_floating_point() else torch.float32) * self.strength
         return self.strength
+
+    # -- on weights ----------------------------------------------------------------------------------------------
+    def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
+        """W' - W for tensors `p` and a weight in at least fp32; expert by expert where the parameter holds several."""
+        if not self.site.experts:
+            return self.algorithm.weight_deviation(p, weight)
+        each = zip(*(t.unbind(0) for t in p.tensors.values()), strict=True)
+        return torch.stack(
+            [self.algorithm.weight_deviation(p.filled(ts), w) for ts, w in zip(each, weight.unbind(0), strict=True)]
+        )
+
+    def size(self, weight: Tensor) -> Tensor:
+        """|W' - W| over all entries, 0-d."""
+        p = self.folded()
+        if not self.site.experts:
+            return self.algorithm.size(p, weight)
+        each = zip(*(t.unbind(0) for t in p.tensors.values()), strict=True)
+        sizes = [self.algorithm.size(p.filled(ts), w) for ts, w in zip(each, weight.unbind(0), strict=True)]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(sizes))
+        return whole
+
+    def shrink(self, factor: Tensor) -> None:
+        """Multiply the deviation by a 0-d `factor` through its carriers; of a rotation only roughly."""
+        for name in self.carriers:
+            t = getattr(self, name)
+            t.mul_(factor.to(t.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.algorithm}, strength={self.strength:g}"

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from nerine.algorithms import Algorithm, prefers_weight
-from nerine.model.layer import kind_of
 from nerine.model.targets import Rule, Targets, find_targets
+from nerine.site import Site
 from nerine.tables import table
 
 __all__ = ["Plan", "PlanRow", "plan"]
@@ -21,7 +21,8 @@ class PlanRow:
     """One layer: what it is, what it gets, and what that costs.
 
     `cost` is multiply-adds of the adapter per output position over those of the layer; `path` says how it computes:
-    "factored" beside the layer, or "weight", as one product with the changed weight.
+    "factored" beside the layer, "weight", as one product with the changed weight, or "module", through the layer's own
+    forward with a changed weight.
     """
 
     layer: str
@@ -77,29 +78,39 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, what: Algorithm | Sequence[Rule], *, targets: Targets = "full") -> Plan:
-    """What `attach(model, what, targets=targets)` would do, layer by layer; the model is not touched.
+def plan(
+    model: nn.Module, what: Algorithm | Sequence[Rule], *, targets: Targets = "full", train_norm: bool = False
+) -> Plan:
+    """What `attach` with the same arguments would do, layer by layer; the model is not touched.
 
     Raises:
         TargetError: no layer matches.
         OptionError: `what` is neither an algorithm nor a list of rules.
     """
-    chosen, skipped = find_targets(model, what, targets)
+    chosen, skipped = find_targets(model, what, targets, train_norm)
     rows = []
     for target in chosen:
-        design = target.algorithm.design(target.site)
-        cost = target.algorithm.cost(target.site, design)
+        site, algorithm = target.spot.site, target.algorithm
+        design = algorithm.design(site)
+        cost, each = algorithm.cost(site, design), max(1, site.experts)
+        lead = (site.experts,) if site.experts else ()
         rows.append(
             PlanRow(
-                target.path,
-                kind_of(target.module),
-                target.site.shape,
-                str(target.algorithm),
-                design.shapes,
-                design.trained,
-                cost / target.site.dense,
-                "weight" if prefers_weight(cost, target.site.dense) else "factored",
+                target.spot.path,
+                target.kind,
+                (*lead, *site.shape),
+                str(algorithm),
+                {name: (*lead, *shape) for name, shape in design.shapes.items()},
+                design.trained * each,
+                cost / site.dense,
+                _path_of(site, cost),
                 design.note,
             )
         )
     return Plan(tuple(rows), skipped, sum(p.numel() for p in model.parameters()))
+
+
+def _path_of(site: Site, cost: int) -> str:
+    if site.opaque:
+        return "module"
+    return "weight" if prefers_weight(cost, site.dense) else "factored"

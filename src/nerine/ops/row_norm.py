@@ -13,7 +13,7 @@ from torch import Tensor
 from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import over_wide
 
-__all__ = ["low_rank_row_square", "norm_from_square", "row_square"]
+__all__ = ["low_rank_row_square", "low_rank_size", "norm_from_square", "row_square"]
 
 
 def row_square(weight: Tensor) -> Tensor:
@@ -30,6 +30,12 @@ def norm_from_square(square: Tensor, floor: float) -> Tensor:
 def low_rank_row_square(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Squared norms `[out]` of the rows of `weight + up·down`; up `[out, rank]`, down `[rank, in·Πk]`."""
     return over_wide(_low_rank, weight, up, down)
+
+
+def low_rank_size(up: Tensor, down: Tensor) -> Tensor:
+    """|up·down| over all entries, 0-d; up `[out, rank]`, down `[rank, n]`."""
+    with full_precision(up):
+        return ((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0).sqrt()
 
 
 def _low_rank(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -48,11 +49,40 @@ BAD = [
     ({"tucker": "False"}, r"tucker must be True or False, got 'False' \(str\)"),
     ({"scalar": 1}, "scalar must be True or False"),
     ({"rs": None}, "rs must be True or False"),
+    ({"bias": 0}, "bias must be True or False"),
+    ({"on_input": "True"}, "on_input must be True or False"),
+    ({"rescale": 1.0}, "rescale must be True or False"),
+    ({"block_size": 0}, "block_size must be a whole number of at least 1, got 0"),
+    ({"block_size": "32"}, "block_size"),
+    ({"constraint": -0.1}, "constraint must be a number of at least 0"),
+    ({"constraint": math.nan}, "constraint"),
+    ({"stages": 0}, "stages must be a whole number"),
+    ({"terms": 3}, r"terms must be 0 \(exact\) or a whole number of at least 4, got 3"),
+    ({"min_rank": 17}, "min_rank must be at most the rank 16, got 17"),
+    ({"timesteps": 0}, "timesteps"),
+    ({"power": "2"}, "power must be a number"),
+    ({"init": "pisa"}, "init must be one of .*, got 'pisa'"),
+]
+REFUSED = [
+    (kind, settings, words)
+    for kind in REGISTRY.values()
+    for settings, words in BAD
+    if settings.keys() <= {f.name for f in dataclasses.fields(kind)}
 ]
 
 
-@pytest.mark.parametrize("kind", REGISTRY.values())
-@pytest.mark.parametrize(("settings", "words"), BAD, ids=lambda v: str(v))
+def test_every_bad_value_is_tried() -> None:
+    assert {str(s) for s, _ in BAD} == {str(s) for _, s, _ in REFUSED}
+
+
+def test_what_does_not_go_with_a_start_on_the_weight() -> None:
+    with pytest.raises(OptionError, match="init='pissa' has no Tucker form"):
+        LoRA(init="pissa", tucker=True)
+    with pytest.raises(OptionError, match="init='olora' starts at no change by itself"):
+        LoRA(init="olora", scalar=True)
+
+
+@pytest.mark.parametrize(("kind", "settings", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_a_bad_value_is_refused(kind: Any, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=f"{kind.__name__}.*{words}"):
         kind(**settings)

@@ -106,7 +106,7 @@ def test_nothing_matches_names_candidates() -> None:
     words = str(caught.value)
     assert "no layer of Model matches 'to_qq'. Did you mean 'to_q'" in words
     assert "Candidates: conv_in (Conv2d 3x3), mid_block.attn1.to_q (Linear)" in words
-    assert "(31 in all)" in words
+    assert "(34 in all)" in words
 
 
 def test_a_preset_with_a_slip_is_recognised() -> None:
@@ -115,7 +115,7 @@ def test_a_preset_with_a_slip_is_recognised() -> None:
 
 
 def test_nothing_to_adapt() -> None:
-    with pytest.raises(TargetError, match="Sequential has no Linear or Conv layer"):
+    with pytest.raises(TargetError, match="Sequential has no layer of a kind that nerine knows"):
         chosen(model=nn.Sequential(nn.ReLU()))
 
 
@@ -173,12 +173,17 @@ def test_a_shared_module_is_one_layer() -> None:
     assert len(network) == len(ALL) - 1
 
 
-def test_children_of_multihead_attention_are_left_out_with_a_reason() -> None:
+def test_attention_blocks_are_adapted_through_their_own_forward() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16)
     plan = nerine.plan(model, LORA)
-    assert [row.layer for row in plan.rows] == ["linear1", "linear2"]
-    assert plan.skipped == {"self_attn.out_proj": "its forward is never called: it belongs to a MultiheadAttention"}
-    assert nerine.attach(model, LORA).report.skipped == plan.skipped
+    found = {row.layer: (row.kind, row.path) for row in plan.rows}
+    assert found == {
+        "self_attn.in_proj_weight": ("Parameter", "module"),
+        "self_attn.out_proj": ("Linear", "module"),
+        "linear1": ("Linear", "factored"),
+        "linear2": ("Linear", "factored"),
+    }
+    assert [row[0] for row in nerine.attach(model, LORA).report.rows] == list(found)
 
 
 class PadsItself(nn.Conv1d):
@@ -201,11 +206,9 @@ class Harmless(nn.Conv1d):
 
 
 @pytest.mark.parametrize("kind", [PadsItself, OwnOperation])
-def test_convolutions_that_pad_themselves_are_left_out(kind: type[nn.Conv1d]) -> None:
+def test_convolutions_that_pad_themselves_compute_through_their_own_forward(kind: type[nn.Conv1d]) -> None:
     model = nn.ModuleDict({"causal": kind(4, 4, 3), "plain": nn.Conv1d(4, 4, 3)})
-    plan = nerine.plan(model, LORA)
-    assert [row.layer for row in plan.rows] == ["plain"]
-    assert f"{kind.__name__} overrides the convolution's forward" in plan.skipped["causal"]
+    assert [row.path for row in nerine.plan(model, LORA).rows] == ["module", "weight"]
 
 
 def test_a_subclass_with_its_own_constructor_is_adapted() -> None:

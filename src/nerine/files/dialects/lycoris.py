@@ -8,7 +8,7 @@ Source: files written by LyCORIS 3.x and 4.1.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ __all__ = ["Lycoris"]
 _ALPHA, _MAGNITUDE = "alpha", "dora_scale"
 
 
-def _known_layouts() -> Iterator[tuple[Algorithm, Layout]]:
-    for kind in dict.fromkeys(REGISTRY.values()):
+def _known_layouts(others: Sequence[type[Algorithm]]) -> Iterator[tuple[Algorithm, Layout]]:
+    for kind in dict.fromkeys([*REGISTRY.values(), *others]):
         algorithm = kind()
         for layout in algorithm.layouts:
             yield algorithm, layout
@@ -40,8 +40,13 @@ class Lycoris:
 
     name = "lycoris"
 
-    def __init__(self, prefix: str = "lycoris") -> None:
+    def __init__(self, prefix: str = "lycoris", others: Sequence[type[Algorithm]] = ()) -> None:
         self.prefix = prefix
+        self.others = tuple(others)
+
+    def knowing(self, others: Sequence[type[Algorithm]]) -> Lycoris:
+        """This dialect with algorithms beside those of the registry."""
+        return Lycoris(self.prefix, others)
 
     # -- writing -------------------------------------------------------------------------------------------------
     def write(self, records: Mapping[str, Record], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -52,14 +57,18 @@ class Lycoris:
         """
         tensors: dict[str, Tensor] = {}
         for stem, path in stems(records, self.prefix).items():
-            algorithm, params = records[path].algorithm, records[path].params
+            algorithm, site, params = records[path].algorithm, records[path].site, records[path].params
             layout = algorithm.layout_of(params.tensors)
             for name, spec in layout.specs.items():
                 exact = spec.key == _MAGNITUDE
                 tensor = params.tensors[name].detach()
                 kept = torch.float32 if exact and tensor.dtype != torch.float64 else tensor.dtype
                 tensors[f"{stem}.{spec.key}"] = tensor.to(kept if exact or dtype is None else dtype)
-            tensors[f"{stem}.{_ALPHA}"] = torch.tensor(params.scale * _rank(params, layout), dtype=torch.float32)
+            for key, value in layout.marks.items():
+                tensors[f"{stem}.{key}"] = torch.tensor(int(value))
+            if layout.alpha:
+                alpha = params.scale * (_rank(params, layout, site) if layout.alpha == "scale" else 1)
+                tensors[f"{stem}.{_ALPHA}"] = torch.tensor(alpha, dtype=torch.float32)
         return tensors
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -70,9 +79,8 @@ class Lycoris:
             FormatError: nothing in the file belongs to these layers, or the tensors of a layer are no known set.
             ShapeError: a tensor does not fit its layer.
         """
-        meta = read_meta(source.metadata, str(source.path))
-        suffixes = {spec.key for _, layout in _known_layouts() for spec in layout.specs.values()}
-        suffixes |= {_ALPHA, _MAGNITUDE}
+        meta = read_meta(source.metadata, str(source.path), self.others)
+        suffixes = {key for _, layout in _known_layouts(self.others) for key in layout.keys} | {_ALPHA, _MAGNITUDE}
         layers_of = candidates(sites, self.prefix)
         found: dict[str, dict[str, str]] = {}
         unmatched: dict[str, str] = {}
@@ -91,8 +99,8 @@ class Lycoris:
         for path in (p for p in sites if p in found):
             records[path], row = self._layer(source, path, sites[path], found[path], meta)
             rows.append(row)
-        expected = {flatten(path): path for path in meta.layers}
-        missing = tuple(path for flat, path in expected.items() if flat not in {flatten(p) for p in records})
+        here = {flatten(path) for path in records}
+        missing = tuple(path for path in meta.layers if flatten(path) not in here)
         notes = (meta.note,) if meta.note else ()
         report = LoadReport(str(source.path), tuple(rows), unmatched, missing, notes)
         return Checkpoint(records, meta, report)
@@ -100,31 +108,35 @@ class Lycoris:
     def _layer(
         self, source: Source, path: str, site: Site, keys: Mapping[str, str], meta: Meta
     ) -> tuple[Record, LoadRow]:
-        algorithm, layout = _recognise(path, set(keys), source)
-        tensors = {name: _floats(source, keys[spec.key]) for name, spec in layout.specs.items()}
-        notes = []
         told = meta.layers.get(path)
+        algorithm, layout, notes = _recognise(path, site, keys, source, told, self.others)
+        tensors = {name: _floats(source, keys[spec.key]) for name, spec in layout.specs.items()}
         if _MAGNITUDE in keys:
             hint = told.axis if isinstance(told, DoRA) else ""
             magnitude = _floats(source, keys[_MAGNITUDE])
-            axis, note = _axis(path, tuple(magnitude.shape), site, hint)
+            axis, note = _axis(path, _shape(magnitude.shape, site), site, hint)
             notes += [note] if note else []
             algorithm = DoRA(algorithm, axis=axis)
-            tensors = {"magnitude": magnitude.reshape(_magnitude_shape(axis, site)), **tensors}
+            lead = magnitude.shape[:1] if site.experts else ()
+            tensors = {"magnitude": magnitude.reshape(*lead, *_magnitude_shape(axis, site)), **tensors}
             layout = algorithm.layout_of(tensors)
         if told is not None and set(tensors) in [set(known.specs) for known in told.layouts]:
             algorithm = told if not isinstance(told, DoRA) or told.axis == getattr(algorithm, "axis", "") else algorithm
         tensors = {name: _fit_ones(layout.specs[name], t, site) for name, t in tensors.items()}
-        sizes = bind(layout, {name: tuple(t.shape) for name, t in tensors.items()}, site.sizes, path)
+        sizes = bind(layout, {name: _shape(t.shape, site) for name, t in tensors.items()}, site.sizes, path)
         if 0 in sizes.values():
             raise ShapeError(f"{path}: a tensor of the file has no elements ({', '.join(keys.values())})")
-        rank = sizes.get("rank")
-        scale, note = _scale(path, source, keys.get(_ALPHA), rank)
+        scale, note = _scale(path, source, keys.get(_ALPHA), layout, sizes)
         notes += [note] if note else []
-        row = LoadRow(
-            path, str(algorithm) if told is not None else _bare_name(algorithm), rank, scale, "; ".join(notes)
-        )
-        return Record(algorithm, Params(tensors, scale)), row
+        shown = str(algorithm) if told is not None else _bare_name(algorithm)
+        row = LoadRow(path, shown, sizes.get("rank"), scale, "; ".join(notes))
+        params = Params(tensors, scale)
+        return Record(algorithm, site, params if told is None else algorithm.from_file(params)), row
+
+
+def _shape(shape: tuple[int, ...], site: Site) -> tuple[int, ...]:
+    """A shape without the axis of experts, where the layer has one."""
+    return tuple(shape[1:] if site.experts else shape)
 
 
 def _the_one(layers: list[str], stem: str, meta: Meta, source: Source) -> str:
@@ -153,42 +165,88 @@ def _bare_name(algorithm: Algorithm) -> str:
     return type(algorithm).__name__
 
 
-def _recognise(path: str, suffixes: set[str], source: Source) -> tuple[Algorithm, Layout]:
-    """The algorithm and layout whose tensors are exactly those of the file."""
-    own = suffixes - {_ALPHA, _MAGNITUDE}
-    known = list(_known_layouts())
-    for algorithm, layout in known:
-        if layout.keys == own:
-            return algorithm, layout
+def _recognise(
+    path: str,
+    site: Site,
+    keys: Mapping[str, str],
+    source: Source,
+    told: Algorithm | None,
+    others: Sequence[type[Algorithm]],
+) -> tuple[Algorithm, Layout, list[str]]:
+    """The algorithm and layout whose tensors are exactly those of the file, by key and then by shape; notes on that."""
+    own = set(keys) - {_ALPHA, _MAGNITUDE}
+    known = list(_known_layouts(others))
+    by_key = [(a, layout) for a, layout in known if layout.keys == own and _marks_agree(layout, keys, source)]
+    if not by_key:
+        raise FormatError(_no_such_set(path, own, known, source))
+    by_shape = [(a, layout) for a, layout in by_key if _fits(layout, site, keys, source, path)]
+    inner = getattr(told, "inner", told)
+    likely = [pair for pair in by_shape if type(pair[0]) is type(inner)] or by_shape or by_key
+    algorithm, layout = likely[0]
+    rivals = {str(other.specs) for a, other in likely[1:] if type(a) is type(algorithm)} - {str(layout.specs)}
+    note = "the shapes fit an older layout of the tensors as well: read as the newer one"
+    return algorithm, layout, [note] if by_shape and rivals else []
+
+
+def _marks_agree(layout: Layout, keys: Mapping[str, str], source: Source) -> bool:
+    return all(bool(source.read(keys[key]).reshape(-1)[0]) == bool(value) for key, value in layout.marks.items())
+
+
+def _fits(layout: Layout, site: Site, keys: Mapping[str, str], source: Source, path: str) -> bool:
+    """Whether the shapes in the file agree with the layer and with each other."""
+    shapes = {}
+    for name, spec in layout.specs.items():
+        shape = source.shape(keys[spec.key])
+        shapes[name] = _shape(_ones(spec, shape, site), site)
+    try:
+        bind(layout, shapes, site.sizes, path)
+    except ShapeError:
+        return False
+    return True
+
+
+def _no_such_set(path: str, own: set[str], known: list[tuple[Algorithm, Layout]], source: Source) -> str:
     algorithm, layout = max(known, key=lambda pair: (len(pair[1].keys & own), -len(pair[1].keys)))
     lacking, extra = sorted(layout.keys - own), sorted(own - layout.keys)
-    raise FormatError(
+    return (
         f"{source.path}: {path} has {', '.join(sorted(own)) or 'no tensors'}, which is no complete adapter; "
         f"the closest is {algorithm.name}, {'which also has ' + ', '.join(lacking) if lacking else ''}"
         f"{' and ' if lacking and extra else ''}{'which has no ' + ', '.join(extra) if extra else ''}"
     )
 
 
-def _rank(params: Params, layout: Layout) -> int:
+def _rank(params: Params, layout: Layout, site: Site) -> int:
     """The rank by which readers divide alpha; one where no tensor has a rank."""
     for name, spec in layout.specs.items():
         if "rank" in spec.words:
-            return params.tensors[name].shape[spec.words.index("rank")]
+            return _shape(params.tensors[name].shape, site)[spec.words.index("rank")]
     return 1
 
 
-def _scale(path: str, source: Source, key: str | None, rank: int | None) -> tuple[float, str]:
-    """alpha / rank; one where there is no alpha, no rank, or an alpha of zero (as the trainers read it)."""
-    if rank is None:
+def _scale(path: str, source: Source, key: str | None, layout: Layout, sizes: Mapping[str, int]) -> tuple[float, str]:
+    """alpha / rank, or the bound of a constraint; one where there is no alpha, no rank, or an alpha of zero (as the
+    trainers read it)."""
+    rank = sizes.get("rank", 0)
+    if not layout.alpha or (layout.alpha == "scale" and not rank):
         return 1.0, ""
+    is_bound = layout.alpha == "constraint"
     if key is None:
-        return 1.0, "no alpha in the file: read as the rank"
+        return (
+            (0.0, "no alpha in the file: read as no constraint")
+            if is_bound
+            else (
+                1.0,
+                "no alpha in the file: read as the rank",
+            )
+        )
     alpha = source.read(key)
     if alpha.numel() != 1:
         raise ShapeError(f"{path}.{_ALPHA}: expected a single number, got shape {tuple(alpha.shape)}")
     value = float(alpha.reshape(-1)[0])
-    if not math.isfinite(value):
+    if not math.isfinite(value) or (is_bound and value < 0):
         raise FormatError(f"{source.path}: {path}.{_ALPHA} is {value}; the file is damaged")
+    if is_bound:
+        return value, ""
     return (value / rank, "") if value else (1.0, "alpha is 0 in the file: read as the rank")
 
 
@@ -217,16 +275,23 @@ def _axis(path: str, shape: tuple[int, ...], site: Site, hint: str) -> tuple[str
 
 
 def _fit_ones(spec: Spec, t: Tensor, site: Site) -> Tensor:
-    """Add or drop trailing axes of size one, which programs write differently for 1x1 convolutions and their like."""
+    return t.reshape(_ones(spec, tuple(t.shape), site))
+
+
+def _ones(spec: Spec, shape: tuple[int, ...], site: Site) -> tuple[int, ...]:
+    """`shape` with trailing axes of size one added or dropped, which programs write differently for 1x1 convolutions
+    and their like; unchanged where that does not help."""
+    if "?1" in spec.words:
+        return shape
     kernel = kernel_of(site.sizes)
     starred = spec.words[-1] if spec.words[-1] in ("*k", "*1") else ""
-    plain = len(spec.words) - bool(starred)
+    plain = len(spec.words) - bool(starred) + bool(site.experts)
     want = plain + (len(kernel) if starred else 0)
-    if t.dim() > want and all(size == 1 for size in t.shape[want:]):
-        return t.reshape(t.shape[:want])
-    if plain <= t.dim() < want and (starred == "*1" or all(k == 1 for k in kernel)):
-        return t.reshape(*t.shape, *[1] * (want - t.dim()))
-    return t
+    if len(shape) > want and all(size == 1 for size in shape[want:]):
+        return shape[:want]
+    if plain <= len(shape) < want and (starred == "*1" or all(k == 1 for k in kernel)):
+        return (*shape, *[1] * (want - len(shape)))
+    return shape
 
 
 def _nothing_matched(source: Source, unmatched: Mapping[str, str], layer_of: Mapping[str, object]) -> str:

@@ -24,10 +24,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import nerine
-from contract.cases import Place
 from nerine.algorithms import Algorithm, Call, DoRA, Params
-from nerine.model.adapter import Adapter
+from nerine.model.adapter import Adapter, start
 from nerine.model.layer import site_of
+from nerine.testing.places import PLACES, TINY, Place, places_of, site_at
 
 EXACT = 1e-11  # of two ways to compute the same in fp64, relative to the largest entry
 
@@ -54,7 +54,10 @@ def _built(place: Place) -> nn.Module:
 
 
 def input_at(place: Place, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Tensor:
+    """An input for the layer at `place`; tokens are whole numbers, whatever the format."""
     generator = torch.Generator().manual_seed(12)
+    if place.tokens:
+        return torch.randint(0, place.tokens, place.input, generator=generator)
     return torch.randn(place.input, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
 
 
@@ -72,10 +75,16 @@ def adapted(
 ) -> tuple[nn.Sequential, nerine.Network, Adapter]:
     """A model of one layer with stirred adapters."""
     model = nn.Sequential(layer_at(place, dtype))
-    network = nerine.attach(model, algorithm, **options)
+    network = nerine.attach(model, algorithm, targets=nn.Module, **options)
     stir(network)
     ((_, _, adapter),) = network.adapters()
-    return model, network, adapter
+    return model.train(not is_random(algorithm)), network, adapter
+
+
+def is_random(algorithm: Algorithm) -> bool:
+    """Whether the algorithm itself draws in training, so that only outside it the two faces can be compared."""
+    inner: Algorithm = getattr(algorithm, "inner", algorithm)
+    return type(inner).draw is not Algorithm.draw
 
 
 @contextmanager
@@ -90,22 +99,32 @@ def path_of(adapter: Adapter, through_weight: bool) -> Iterator[None]:
 
 
 def by_weight(algorithm: Algorithm, params: Params, layer: nn.Module, x: Tensor, strength: float = 1.0) -> Tensor:
-    """What the layer's own class computes with the weight W + strength·(W' - W)."""
-    weight = layer.weight + strength * (algorithm.weight(params, layer.weight) - layer.weight)
-    return functional_call(layer_like(layer), {"weight": weight, "bias": layer.bias}, (x,))
+    """What the layer's own class computes with the weight W + strength·(W' - W), and the bias likewise."""
+    plain = layer_like(layer)
+    site = site_of(plain)
+    weight = site.canonical(plain.weight)  # type: ignore[arg-type]
+    changed = weight + strength * (algorithm.weight(params, weight) - weight)
+    tensors = {**plain._parameters, "weight": site.native(changed)}
+    shift = algorithm.shift(params)
+    if shift is not None:
+        tensors["bias"] = plain.bias + strength * shift  # type: ignore[operator]
+    found: Tensor = functional_call(plain, {name: t for name, t in tensors.items() if t is not None}, (x,))
+    return found
 
 
 def layer_like(layer: nn.Module) -> nn.Module:
     """`layer` without nerine on it: its class with the same geometry."""
     plain = copy.copy(layer)
-    plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in ("forward", "_nerine_mount")}
+    plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k != "forward" and not k.startswith("_nerine")}
     plain._parameters = dict(layer._parameters)
+    plain._buffers = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
     plain._modules = {}
     return plain
 
 
 def _gradients(y: Tensor, sources: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = torch.linspace(-1, 1.5, y.numel(), dtype=y.dtype).reshape(y.shape)
+    sources = {key: t for key, t in sources.items() if t.requires_grad}
     found = torch.autograd.grad((y * weights).sum(), list(sources.values()), allow_unused=True)
     return {k: torch.zeros_like(s) if g is None else g for (k, s), g in zip(sources.items(), found, strict=True)}
 
@@ -115,10 +134,9 @@ def check_faces(algorithm: Algorithm, place: Place) -> None:
     """Activation face == weight face: output, gradient to x, to each tensor, and to the base, on either path."""
     model, network, adapter = adapted(algorithm, place)
     layer = model[0]
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None:
-            parameter.requires_grad_(True)
-    x = input_at(place, requires_grad=True)
+    for parameter in layer.parameters(recurse=False):
+        parameter.requires_grad_(True)
+    x = input_at(place, requires_grad=not place.tokens)
     sources = {"x": x, **dict(network.named_parameters()), **dict(layer.named_parameters(recurse=False))}
     want = by_weight(algorithm, adapter.folded(), layer, x)
     wanted = _gradients(want, sources)
@@ -133,11 +151,14 @@ def check_faces(algorithm: Algorithm, place: Place) -> None:
 
 def call_of(layer: nn.Module, x: Tensor, fresh: bool = False) -> Call:
     plain = layer_like(layer)
-    return Call(site_of(plain), x, plain(x), layer.bias, lambda: layer.weight, fresh)
+    site = site_of(plain)
+    return Call(site, x, plain(x), getattr(plain, "bias", None), lambda: site.canonical(plain.weight), fresh)  # type: ignore[arg-type]
 
 
 def check_output(algorithm: Algorithm, place: Place) -> None:
-    """`output` == y + `deviation`."""
+    """`output` == y + `deviation`; nothing to see where only the module can use its weight."""
+    if site_at(place).opaque:
+        return
     model, _, adapter = adapted(algorithm, place)
     x, params = input_at(place), adapter.folded()
     call = call_of(model[0], x)
@@ -151,8 +172,10 @@ def check_output(algorithm: Algorithm, place: Place) -> None:
 
 def check_row_norm(algorithm: Algorithm, place: Place) -> None:
     """The norms of the rows of W', and their gradients, as those of the dense W'."""
+    if site_at(place).kind == "norm":
+        return
     model, network, adapter = adapted(algorithm, place)
-    weight = model[0].weight.requires_grad_(True)
+    weight = site_at(place).canonical(model[0].weight).detach().requires_grad_(True)  # type: ignore[arg-type]
     sources = {"W": weight, **dict(network.named_parameters())}
     want = algorithm.weight(adapter.folded(), weight).flatten(1).square().sum(1).sqrt()
     got = algorithm.row_norm(adapter.folded(), weight)
@@ -169,11 +192,13 @@ def check_gradients(algorithm: Algorithm, place: Place) -> None:
     tensors = [t.clone().requires_grad_() for t in network.state_dict().values()]
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
-        return functional_call(model, dict(zip(names.values(), values, strict=True)), (x,))
+        found: Tensor = functional_call(model, dict(zip(names.values(), values, strict=True)), (x,))
+        return found
 
+    x = input_at(place, requires_grad=not place.tokens)
     for through_weight in (False, True):
         with path_of(adapter, through_weight):
-            assert torch.autograd.gradcheck(run, (input_at(place, requires_grad=True), *tensors), fast_mode=True)
+            assert torch.autograd.gradcheck(run, (x, *tensors), fast_mode=True)
 
 
 # -- deviations ------------------------------------------------------------------------------------------------------
@@ -187,7 +212,7 @@ def check_zero_at_first(algorithm: Algorithm, place: Place, dtype: torch.dtype =
     model = nn.Sequential(layer_at(place, dtype))
     x = input_at(place, dtype)
     before = model(x)
-    network = nerine.attach(model, algorithm)
+    network = nerine.attach(model, algorithm, targets=nn.Module)
     ((_, _, adapter),) = network.adapters()
     for through_weight in (False, True):
         with path_of(adapter, through_weight):
@@ -201,8 +226,9 @@ def check_zero_at_first(algorithm: Algorithm, place: Place, dtype: torch.dtype =
 def check_moves_at_first(algorithm: Algorithm, place: Place) -> None:
     """A fresh adapter can learn: some gradient is not zero, and none is NaN."""
     model = nn.Sequential(layer_at(place))
-    network = nerine.attach(model, algorithm)
-    model(input_at(place)).square().sum().backward()
+    network = nerine.attach(model, algorithm, targets=nn.Module)
+    y = model(input_at(place))
+    (y * torch.linspace(-1, 1.5, y.numel(), dtype=y.dtype).reshape(y.shape)).sum().backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     assert all(torch.isfinite(g).all() for g in gradients), f"{algorithm} at {place}"
     assert any(g.any() for g in gradients), f"{algorithm} at {place} cannot learn"
@@ -237,15 +263,16 @@ def check_stack(algorithms: tuple[Algorithm, ...], place: Place) -> None:
         model = nn.Sequential(layer_at(place))
         want = base = layer_like(model[0])(x)
         for i in order:
-            network = nerine.attach(model, algorithms[i], name=f"n{i}", own=i != 1)
+            network = nerine.attach(model, algorithms[i], targets=nn.Module, name=f"n{i}", own=i != 1)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(i)  # the start of adapter i does not depend on the order
                 ((_, _, adapter),) = network.adapters()
-                fresh = adapter.algorithm.init(adapter.site, layer_at(place).weight)
+                fresh = start(adapter.algorithm, adapter.site, adapter.site.canonical(layer_at(place).weight), None)  # type: ignore[arg-type]
             network.load_state_dict({f"0.{k}": t for k, t in fresh.tensors.items()})
             stir(network, seed=20 + i)
             network.strength = 0.5 + i
             want = want + by_weight(adapter.algorithm, adapter.folded(), model[0], x, network.strength) - base
+        nerine.Network.of(model).eval()  # what draws by itself is compared without
         close(model(x), want, f"{', '.join(map(str, algorithms))} at {place}")
         outputs.append(model(x))
     close(outputs[0], outputs[1], "the order of adapters")
@@ -267,23 +294,28 @@ def check_merge(algorithm: Algorithm, place: Place) -> None:
 
 def check_unmerge(algorithm: Algorithm, place: Place, dtype: torch.dtype) -> None:
     """Merging and unmerging leaves the bits of the weight, and those of the adapter, as they were."""
-    model, network, _ = adapted(algorithm, place, dtype)
-    weight, tensors = model[0].weight, {k: t.clone() for k, t in network.state_dict().items()}
-    bits, address = weight.detach().clone(), weight.data_ptr()
-    params = next(network.adapters())[2].folded()
-    wide = Params({k: t.detach().double() for k, t in params.tensors.items()}, params.scale)
-    exact = algorithm.weight(wide, bits.double())
+    model, network, adapter = adapted(algorithm, place, dtype)
+    own, tensors = (
+        dict(model[0].named_parameters(recurse=False)),
+        {k: t.clone() for k, t in network.state_dict().items()},
+    )
+    bits, addresses = {k: t.detach().clone() for k, t in own.items()}, {k: t.data_ptr() for k, t in own.items()}
+    params = adapter.folded()
+    wide = params.filled(t.detach().double() for t in params.tensors.values())
+    exact = adapter.site.native(algorithm.weight(wide, adapter.site.canonical(bits["weight"].double())))
+    where = f"{algorithm} at {place}"
     for _ in range(2):
         network.merge()
-        assert weight.dtype == dtype
-        assert not torch.equal(weight, bits), f"{algorithm} at {place}"
-        error = (weight.double() - exact).abs()
-        assert (error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all(), (
-            f"{algorithm} at {place}: rounded more than once"
-        )
+        assert own["weight"].dtype == dtype
+        assert any(not torch.equal(t, bits[k]) for k, t in own.items()), where
+        error = (own["weight"].double() - exact).abs()
+        assert (error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all(), f"{where}: rounded more than once"
         network.unmerge()
-        assert torch.equal(weight.view(torch.uint8), bits.view(torch.uint8)), f"{algorithm} at {place}"
-        assert weight.data_ptr() == address
+        for key, t in own.items():
+            assert torch.equal(t.detach().contiguous().view(torch.uint8), bits[key].contiguous().view(torch.uint8)), (
+                where
+            )
+            assert t.data_ptr() == addresses[key]
         for key, tensor in network.state_dict().items():
             assert torch.equal(tensor.view(torch.uint8), tensors[key].view(torch.uint8)), key
             assert tensor.dtype == torch.float32
@@ -295,17 +327,21 @@ def check_file(algorithm: Algorithm, place: Place, folder: Path, dtype: torch.dt
     model, network, adapter = adapted(algorithm, place)
     file = folder / "adapter.safetensors"
     nerine.save(network, file, dtype=dtype)
-    again = nn.Sequential(layer_at(place))
+    again = nn.Sequential(layer_at(place)).train(model.training)
     loaded = nerine.load(again, file, strict=True)
     ((_, _, other),) = loaded.adapters()
     where = f"{algorithm} at {place}"
     assert str(other.algorithm) == str(algorithm)
     assert other.scale == adapter.scale, where
-    want = adapter.folded().tensors
+    with torch.no_grad():
+        filed = algorithm.for_file(adapter.folded(), adapter.site.canonical(model[0].weight))  # type: ignore[arg-type]
+        filed = filed.replaced(
+            **{n: t.to(dtype).double() for n, t in filed.tensors.items() if dtype is not None and n != "magnitude"}
+        )
+        want = algorithm.from_file(filed).tensors
     assert set(other.folded().tensors) == set(want)
     for name, tensor in other.folded().tensors.items():
-        exact = dtype is None or name == "magnitude"
-        assert torch.equal(tensor, want[name] if exact else want[name].to(dtype)), f"{where}: {name}"
+        assert torch.equal(tensor.double(), want[name]), f"{where}: {name}"
     x = input_at(place)
     if dtype is None:
         close(again(x), model(x), f"{algorithm} at {place}: loaded")
@@ -338,10 +374,13 @@ def check_copies(algorithm: Algorithm, place: Place) -> None:
 
 def check_checkpointing(algorithm: Algorithm, place: Place, reentrant: bool, **noise: float) -> None:
     """Gradients under checkpointing are those without it, also when chance is at work."""
-    model, network, _ = adapted(algorithm, place, **noise)
+    if reentrant and place.tokens:
+        return  # it wants an input that requires gradients
+    model, network, _ = adapted(algorithm, place, torch.float64, **noise)
     model.train()
-    x = input_at(place, requires_grad=True)
+    x = input_at(place, requires_grad=not place.tokens)
     sources = {"x": x, **dict(network.named_parameters())}
+    sources = {key: t for key, t in sources.items() if t.requires_grad}
 
     def run(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
         torch.manual_seed(3)
@@ -369,10 +408,10 @@ def _new_tensors() -> Iterator[Callable[[], list[Tensor]]]:
 def check_memory(algorithm: Algorithm, layer: nn.Module, x: Tensor, limit: int) -> None:
     """Nothing of `limit` or more values is kept for backward but the base weight itself."""
     model = nn.Sequential(layer.requires_grad_(False))
-    network = nerine.attach(model, algorithm)
+    network = nerine.attach(model, algorithm, targets=nn.Module)
     stir(network)
     ((_, _, adapter),) = network.adapters()
-    base = layer.weight.untyped_storage().data_ptr()
+    base = layer.weight.untyped_storage().data_ptr()  # type: ignore[operator]
     for through_weight in (False, True):
         kept: list[Tensor] = []
 
@@ -387,3 +426,29 @@ def check_memory(algorithm: Algorithm, layer: nn.Module, x: Tensor, limit: int) 
         large = {(*t.shape, t.dtype) for t in kept if t.numel() >= limit and t.untyped_storage().data_ptr() != base}
         assert not large, f"{algorithm}, {'weight' if through_weight else 'factored'} path: kept {large}"
         y.sum().backward()
+
+
+# -- all of them -----------------------------------------------------------------------------------------------------
+def check_algorithm(algorithm: Algorithm, places: tuple[Place, ...] = PLACES) -> None:
+    """Every contract, on each of `places` on which `algorithm` acts; also with DoRA around it where that makes sense.
+
+    Raises:
+        AssertionError: a contract is broken; the message names it, the algorithm and the layer.
+    """
+    wrapped = [algorithm] if algorithm.kinds == {"norm"} else [algorithm, DoRA(algorithm), DoRA(algorithm, axis="in")]
+    for each in wrapped:
+        for place in places_of(each, places):
+            check_faces(each, place)
+            check_output(each, place)
+            check_zero_at_first(each, place)
+            check_moves_at_first(each, place)
+            check_strength(each, place)
+            check_merge(each, place)
+            check_unmerge(each, place, torch.bfloat16)
+            check_copies(each, place)
+            if getattr(each, "axis", "out") != "in":
+                check_row_norm(each, place)
+            for reentrant in (False, True):
+                check_checkpointing(each, place, reentrant, dropout=0.2, rank_dropout=0.2, module_dropout=0.2)
+        for place in places_of(each, TINY):
+            check_gradients(each, place)

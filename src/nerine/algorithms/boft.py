@@ -1,0 +1,102 @@
+"""BOFT: the outputs are turned by a butterfly of orthogonal blocks, stage after stage.   W' = R_m · … · R_1 · W
+
+With all stages every output reaches every other one, at a small part of the cost of one large rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nerine.algorithms.base import Design, Params, Sandwich
+from nerine.algorithms.diag_oft import RESCALE, turned_and_rescaled
+from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_butterfly
+from nerine.axes import Layout, Spec
+from nerine.ops.butterfly import butterfly
+from nerine.ops.cayley import bounded, cayley, skew
+from nerine.ops.recompute import replay
+from nerine.site import Site
+
+__all__ = ["BOFT"]
+
+_BLOCKS = Spec("m n s s", "oft_blocks", init="zeros", carrier=True, gate="n")
+_LAYOUTS = tuple(
+    Layout({"blocks": _BLOCKS, **more}, ("out = n s",), alpha="constraint") for more in ({}, {"rescale": RESCALE})
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFT(Sandwich):
+    """W' = rescale ∘ (R_m·…·R_1·W) with blocks B `[m, n, s, s]`, n·s = out and n a power of two.
+
+    `block_size` is s; where it does not fit, the nearest even size whose number of blocks is a power of two. `stages`
+    limits m (None: all, log2(n) + 1). `constraint` bounds |B - Bᵀ| over all stages by constraint·out (0: no bound).
+    Source: Liu et al. (BOFT), arXiv:2311.06243.
+    """
+
+    name = "boft"
+    source = "Liu et al., arXiv:2311.06243"
+    pieces = frozenset({"post"})
+    keeps_mean = False
+    block_size: int = 32
+    stages: int | None = None
+    constraint: float = 0.0
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank("BOFT", self.block_size, "block_size")
+        if self.stages is not None:
+            check_rank("BOFT", self.stages, "stages")
+        check_number("BOFT", "constraint", self.constraint)
+        check_flag("BOFT", rescale=self.rescale)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return _LAYOUTS
+
+    def unsuited(self, site: Site) -> str:
+        if not super().unsuited(site) and nearest_butterfly(site.shape[0], self.block_size) < 2:
+            return (
+                f"{site.shape[0]} outputs do not split into a power of two of blocks of a size near {self.block_size}"
+            )
+        return super().unsuited(site)
+
+    def design(self, site: Site) -> Design:
+        out = site.shape[0]
+        size = nearest_butterfly(out, self.block_size)
+        most = (out // size).bit_length()
+        stages = most if self.stages is None else min(self.stages, most)
+        notes = [] if size == self.block_size else [f"blocks of {size}, of which {out} outputs have a power of two"]
+        notes += [f"{most} stages are all there are"] if self.stages is not None and self.stages > most else []
+        sizes = {**site.sizes, "m": stages, "n": out // size, "s": size}
+        return Design(_LAYOUTS[self.rescale], sizes, float(self.constraint), note="; ".join(notes))
+
+    def for_file(self, p: Params, weight: Tensor) -> Params:
+        """Other readers know files of all stages only: the missing ones turn nothing."""
+        blocks = p.tensors["blocks"]
+        missing = blocks.shape[1].bit_length() - blocks.shape[0]
+        return p.replaced(blocks=torch.cat([blocks, blocks.new_zeros((missing, *blocks.shape[1:]))]))
+
+    def from_file(self, p: Params) -> Params:
+        blocks = p.tensors["blocks"]
+        stages = len(blocks) if self.stages is None else self.stages
+        return p if blocks[stages:].any() else p.replaced(blocks=blocks[:stages])
+
+    def size(self, p: Params, weight: Tensor) -> Tensor:
+        return super().size(p.without("rescale"), weight)
+
+    def reach(self, p: Params) -> int:
+        stages, _, size, _ = p.tensors["blocks"].shape
+        return size << (stages - 1)
+
+    def post(self, p: Params, t: Tensor) -> Tensor:
+        def turned(t: Tensor, blocks: Tensor) -> Tensor:
+            _, n, size, _ = blocks.shape
+            return butterfly(t, cayley(bounded(skew(blocks), p.scale * n * size)))
+
+        return turned_and_rescaled(p, t, replay(turned, t, p.tensors["blocks"]))
+
+    def cost(self, site: Site, design: Design) -> int:
+        return site.shape[0] * design.sizes["s"] * design.sizes["m"]

@@ -1,0 +1,92 @@
+"""Diag-OFT: the outputs are turned by orthogonal blocks.   W' = Rᵀ·W,   R = Cayley(B - Bᵀ), block by block
+
+Turning keeps the angles between the neurons of a layer. With `constraint` the turn is bounded (COFT); with `rescale`
+each output has a trained factor as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nerine.algorithms.base import Design, Params, Sandwich
+from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_divisor
+from nerine.axes import Layout, Spec
+from nerine.ops.cayley import bounded, cayley, skew, turn_channels
+from nerine.ops.precision import same_dtype
+from nerine.ops.recompute import replay
+from nerine.site import Site
+
+__all__ = ["DiagOFT", "turned_and_rescaled"]
+
+_BLOCKS = Spec("n s s", "oft_blocks", init="zeros", carrier=True, gate="n")
+RESCALE = Spec("out 1 *1", "rescale", init="ones")
+_LAYOUTS = tuple(
+    Layout({"blocks": _BLOCKS, **more}, ("out = n s",), alpha="constraint") for more in ({}, {"rescale": RESCALE})
+)
+
+
+def turned_and_rescaled(p: Params, t: Tensor, turned: Tensor) -> Tensor:
+    """The deviation of `t` `[..., out]` from that of the turn, with the factor of each output where there is one."""
+    if "rescale" not in p.tensors:
+        return turned
+    gain = p.tensors["rescale"].reshape(-1)
+    return turned + same_dtype(gain - 1, t) * (t + turned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagOFT(Sandwich):
+    """W' = rescale ∘ (Rᵀ·W) with blocks B `[n, s, s]` and n·s = out.
+
+    `block_size` is s; where it does not divide the outputs, the nearest divisor. `constraint` bounds |B - Bᵀ| over all
+    blocks by constraint·out (0: no bound).
+    Source: Qiu et al. (OFT, COFT), arXiv:2306.07280.
+    """
+
+    name = "diag-oft"
+    source = "Qiu et al., arXiv:2306.07280"
+    pieces = frozenset({"post"})
+    keeps_mean = False
+    block_size: int = 32
+    constraint: float = 0.0
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank("DiagOFT", self.block_size, "block_size")
+        check_number("DiagOFT", "constraint", self.constraint)
+        check_flag("DiagOFT", rescale=self.rescale)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return _LAYOUTS
+
+    def unsuited(self, site: Site) -> str:
+        if not super().unsuited(site) and nearest_divisor(site.shape[0], self.block_size) < 2:
+            return f"{site.shape[0]} outputs have no blocks of a size near {self.block_size}"
+        return super().unsuited(site)
+
+    def design(self, site: Site) -> Design:
+        size = nearest_divisor(site.shape[0], self.block_size)
+        sizes = {**site.sizes, "n": site.shape[0] // size, "s": size}
+        note = "" if size == self.block_size else f"blocks of {size}, which divides {site.shape[0]} outputs"
+        return Design(_LAYOUTS[self.rescale], sizes, float(self.constraint), note=note)
+
+    @staticmethod
+    def _turn(p: Params, blocks: Tensor) -> Tensor:
+        """R - I `[n, s, s]`."""
+        n, size, _ = blocks.shape
+        return cayley(bounded(skew(blocks), p.scale * n * size))
+
+    def size(self, p: Params, weight: Tensor) -> Tensor:
+        return super().size(p.without("rescale"), weight)
+
+    def reach(self, p: Params) -> int:
+        return p.tensors["blocks"].shape[1]
+
+    def post(self, p: Params, t: Tensor) -> Tensor:
+        turn = replay(lambda blocks: self._turn(p, blocks), p.tensors["blocks"])
+        return turned_and_rescaled(p, t, turn_channels(t, turn))
+
+    def cost(self, site: Site, design: Design) -> int:
+        return site.shape[0] * design.sizes["s"]

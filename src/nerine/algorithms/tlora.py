@@ -1,0 +1,132 @@
+"""T-LoRA: a LoRA for diffusion whose rank follows the timestep, few ranks where there is most noise.
+
+    delta = P·diag(λ∘m)·Q - P₀·diag(λ₀∘m)·Q₀        m: the ranks that take part, all of them outside training
+
+It starts on singular directions of the weight. What it starts with is subtracted and kept beside it, in the file too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nerine.algorithms.base import Design, Params
+from nerine.algorithms.low_rank import LowRank, from_base
+from nerine.algorithms.settings import check_alpha, check_choice, check_flag, check_number, check_rank, scale_of
+from nerine.axes import Layout, Spec
+from nerine.errors import OptionError
+from nerine.ops.precision import full_precision, wide
+from nerine.site import Site
+
+__all__ = ["TLoRA"]
+
+_TRAINED = {
+    "q": Spec("rank in *k", "q_layer.weight"),
+    "p": Spec("out rank *1", "p_layer.weight"),
+    "lambda": Spec("1 rank", "lambda_layer", carrier=True, gate="rank"),
+}
+_BASE = {
+    "base_q": Spec("rank in *k", "base_q", trained=False),
+    "base_p": Spec("out rank *1", "base_p", trained=False),
+    "base_lambda": Spec("1 rank", "base_lambda", carrier=True, gate="rank", trained=False),
+}
+_WHOLE, _BARE = Layout({**_TRAINED, **_BASE}), Layout(_TRAINED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TLoRA(LowRank):
+    """W' = W + (alpha/rank)·(P·λ·Q - P₀·λ₀·Q₀), with P `[out, rank]`, λ `[1, rank]` and Q `[rank, in, *k]`.
+
+    `init` says which singular directions of the weight it starts on: "principal", "middle", "last", or "random"
+    (orthogonal directions that have nothing to do with it). Once `Network.set_timestep(t)` is told the timesteps of a
+    batch, the first ((T - t)/T)ᵖ·(rank - min_rank) + min_rank ranks take part, with T = `timesteps` and p = `power`;
+    without, all of them do. `Network.penalty()` keeps P and Q orthogonal.
+    Source: Soboleva et al., arXiv:2507.05964.
+    """
+
+    name = "tlora"
+    source = "Soboleva et al., arXiv:2507.05964"
+    rank: int = 16
+    alpha: float | None = None
+    min_rank: int = 1
+    init: str = "principal"
+    power: float = 1.0
+    timesteps: int = 1000
+    rs: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank("TLoRA", self.rank)
+        check_rank("TLoRA", self.min_rank, "min_rank")
+        check_rank("TLoRA", self.timesteps, "timesteps")
+        check_alpha("TLoRA", self.alpha)
+        check_number("TLoRA", "power", self.power)
+        check_flag("TLoRA", rs=self.rs)
+        check_choice("TLoRA", "init", self.init, ("principal", "middle", "last", "random"))
+        if self.min_rank > self.rank:
+            raise OptionError(f"TLoRA: min_rank must be at most the rank {self.rank}, got {self.min_rank}")
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return (_WHOLE, _BARE)
+
+    def design(self, site: Site) -> Design:
+        rank = min(self.rank, site.shape[0], site.flat)
+        note = "T-LoRA trains all its ranks until Network.set_timestep is told the timesteps of each batch"
+        note += "" if rank == self.rank else f"; rank {rank} where that is all that the weight has"
+        return Design(_WHOLE, {**site.sizes, "rank": rank}, scale_of(rank, self.alpha, self.rs), note=note)
+
+    def start(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
+        design = self.design(site)
+        source = wide(weight).flatten(1)
+        if self.init == "random":
+            source = torch.empty_like(source).normal_(0.0, 1 / self.rank, generator=rng)
+        return Params(self._directions(source, design, self.init), design.scale)
+
+    @staticmethod
+    @torch.no_grad()
+    def _directions(source: Tensor, design: Design, which: str) -> dict[str, Tensor]:
+        """All six tensors from singular directions of `source` `[out, in·Πk]`."""
+        rank, shapes = design.sizes["rank"], design.shapes
+        with full_precision(source):
+            u, s, vh = torch.linalg.svd(source, full_matrices=False)
+        first = {"principal": 0, "random": 0, "last": len(s) - rank, "middle": (len(s) - rank) // 2}[which]
+        chosen = slice(first, first + rank)
+        found = {"q": vh[chosen], "p": u[:, chosen], "lambda": s[chosen]}
+        base = {f"base_{name}": t for name, t in found.items()}
+        return {name: t.reshape(shapes[name]).clone() for name, t in {**found, **base}.items()}
+
+    def complete(self, p: Params, weight: Tensor) -> tuple[Params, str]:
+        if "base_q" in p.tensors:
+            return p, ""
+        rank = p.tensors["q"].shape[0]
+        design = Design(_WHOLE, {**_sizes_of(weight), "rank": rank})
+        tensors = self._directions(wide(weight).flatten(1), design, "principal")
+        base = {name: t for name, t in tensors.items() if name in _BASE}
+        return p.replaced(**base), "no base factors in the file: taken from the principal directions of this weight"
+
+    def gate(self, p: Params, timestep: Tensor) -> Tensor:
+        rank = p.tensors["q"].shape[0]
+        low = min(self.min_rank, rank)
+        left = ((self.timesteps - timestep) / self.timesteps).clamp(0, 1) ** self.power
+        ranks = (left * (rank - low)).floor() + low
+        index = torch.ones_like(p.tensors["lambda"].reshape(-1)).cumsum(0) - 1
+        return (index < ranks[..., None]) * torch.ones_like(index)
+
+    def penalty(self, p: Params) -> Tensor:
+        total = p.tensors["q"].new_zeros(())
+        for rows in (p.tensors["q"].flatten(1), p.tensors["p"].flatten(1).mT):
+            gram = rows @ rows.mT
+            total = total + (gram - torch.diag(torch.ones_like(gram[0]))).square().sum()
+        return total
+
+    def factors(self, p: Params) -> tuple[Tensor, Tensor]:
+        t = p.tensors
+        up, base_up = (t[f"{of}p"].flatten(1) * t[f"{of}lambda"].reshape(1, -1) for of in ("", "base_"))
+        up, down = from_base(up, t["q"], base_up, t["base_q"])
+        return up * p.scale, down
+
+
+def _sizes_of(weight: Tensor) -> dict[str, int]:
+    return {"out": weight.shape[0], "in": weight.shape[1], **{f"k{i}": k for i, k in enumerate(weight.shape[2:])}}

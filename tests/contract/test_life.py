@@ -172,7 +172,8 @@ def test_every_tensor_of_a_half_precision_base_is_trained(algorithm: Algorithm, 
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     model(input_at(place, dtype)).float().square().sum().backward()
     optimizer.step()
-    assert all(not torch.equal(t, before[k]) for k, t in network.named_parameters())
+    undone = ("rescale",) if getattr(algorithm, "axis", "") == "out" else ()  # DoRA's norm takes it out again
+    assert all(not torch.equal(t, before[k]) for k, t in network.named_parameters() if k.split(".")[-1] not in undone)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "host"])

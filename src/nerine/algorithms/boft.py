@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import Design, Params, Sandwich
+from nerine.algorithms.base import Call, Design, Params, Sandwich
 from nerine.algorithms.diag_oft import RESCALE, turned_and_rescaled
 from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_butterfly
 from nerine.axes import Layout, Spec
-from nerine.ops.butterfly import butterfly
+from nerine.ops.butterfly import butterfly, butterfly_deviation
 from nerine.ops.cayley import bounded, cayley, skew
+from nerine.ops.precision import same_dtype, wide
 from nerine.ops.recompute import replay
 from nerine.site import Site
 
@@ -93,10 +94,31 @@ class BOFT(Sandwich):
 
     def post(self, p: Params, t: Tensor) -> Tensor:
         def turned(t: Tensor, blocks: Tensor) -> Tensor:
-            _, n, size, _ = blocks.shape
-            return butterfly(t, cayley(bounded(skew(blocks), p.scale * n * size)))
+            return butterfly_deviation(t, self._turns(p, blocks))
 
         return turned_and_rescaled(p, t, replay(turned, t, p.tensors["blocks"]))
+
+    @staticmethod
+    def _turns(p: Params, blocks: Tensor) -> Tensor:
+        """R - I of each stage `[m, n, s, s]`."""
+        _, n, size, _ = blocks.shape
+        return cayley(bounded(skew(blocks), p.scale * n * size))
+
+    def output(self, p: Params, call: Call) -> Tensor:
+        """rescale ∘ R·y + (bias - rescale ∘ R·bias), of which only y is kept."""
+        site = call.site
+        if call.y.dtype.itemsize < 4 or self._crosses_groups(p, site):
+            return super().output(p, call)
+
+        def turned(t: Tensor, blocks: Tensor, *rescale: Tensor) -> Tensor:
+            y = butterfly(t, self._turns(p, blocks))
+            return y * same_dtype(rescale[0].reshape(-1), y) if rescale else y
+
+        y = site.channels_first(replay(turned, site.channels_last(call.y), *p.tensors.values()))
+        if call.bias is None:
+            return y
+        bias = wide(call.bias)
+        return y + same_dtype(site.over_channels(bias - turned(bias, *p.tensors.values())), y)
 
     def cost(self, site: Site, design: Design) -> int:
         return site.shape[0] * design.sizes["s"] * design.sizes["m"]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from nerine.algorithms.base import Design, Params, Sandwich
+from nerine.algorithms.base import Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_divisor
 from nerine.axes import Layout, Spec
-from nerine.ops.cayley import bounded, cayley, skew, turn_channels
-from nerine.ops.precision import same_dtype
+from nerine.ops.blocks import turn_channels
+from nerine.ops.cayley import bounded, cayley, skew
+from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import replay
 from nerine.site import Site
 
@@ -87,6 +89,25 @@ class DiagOFT(Sandwich):
     def post(self, p: Params, t: Tensor) -> Tensor:
         turn = replay(lambda blocks: self._turn(p, blocks), p.tensors["blocks"])
         return turned_and_rescaled(p, t, turn_channels(t, turn))
+
+    def output(self, p: Params, call: Call) -> Tensor:
+        """(y - bias)·R + bias in one pass over y, with the factor of each output in R."""
+        site = call.site
+        if call.y.dtype.itemsize < 4 or self._crosses_groups(p, site):
+            return super().output(p, call)
+
+        def whole(blocks: Tensor, *rescale: Tensor) -> Tensor:
+            turn = self._turn(p, blocks)
+            matrices = turn + torch.diag_embed(torch.ones_like(turn[..., 0]))
+            return matrices * rescale[0].reshape(len(blocks), 1, -1) if rescale else matrices
+
+        matrices = replay(whole, *p.tensors.values())
+        offset = None
+        if call.bias is not None:
+            with full_precision(call.y):
+                bias = wide(call.bias).reshape(len(matrices), 1, -1)
+                offset = (bias - torch.bmm(bias, matrices)).reshape(-1)
+        return site.channels_first(turn_channels(site.channels_last(call.y), matrices, offset))
 
     def cost(self, site: Site, design: Design) -> int:
         return site.shape[0] * design.sizes["s"]

@@ -14,7 +14,8 @@ from nerine.algorithms.base import Algorithm, Call, Design, Params, Sandwich, St
 from nerine.algorithms.settings import check_rank, nearest_divisor
 from nerine.axes import Layout, Spec
 from nerine.errors import OptionError
-from nerine.ops.cayley import cayley, neumann, skew_of_upper, turn_channels
+from nerine.ops.blocks import turn_channels
+from nerine.ops.cayley import cayley, neumann, skew_of_upper
 from nerine.ops.recompute import replay
 from nerine.site import Site
 

@@ -1,39 +1,95 @@
 """Butterfly products: m stages of small orthogonal blocks, each on other groups of channels, that together mix all.
 
 Stage i sees the channels as `[groups, 2, 2ⁱ, s/2]`: a block takes s/2 neighbours from either half of a group. Within a
-block the two halves are interleaved, as files of BOFT have it.
+block the two halves are interleaved, as files of BOFT have it. Several stages in a row are first multiplied into one of
+larger blocks, for a stage costs more in passes over the activation than in arithmetic.
 Source: Liu et al. (BOFT), arXiv:2311.06243; the order of channels is that of files written by LyCORIS.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nerine.ops.precision import full_precision, same_dtype
 
-__all__ = ["butterfly"]
+__all__ = ["butterfly", "butterfly_deviation"]
+
+_WIDEST = 128  # channels in the blocks of joined stages: there arithmetic and passes over memory cost about the same
+
+
+def _joined(stages: int, half: int) -> list[int]:
+    """How many stages are joined at a time, the shorter runs first."""
+    most = max(1, (_WIDEST // max(1, half)).bit_length() - 1)
+    runs = -(-stages // most)
+    return [stages // runs + (i >= runs - stages % runs) for i in range(runs)]
+
+
+def _join(turns: Tensor, first: int, count: int) -> Tensor:
+    """R - I of the stages `first`, …, `first + count - 1` in one: `[groups, 2^first, w, w]` with w = 2^count·s/2."""
+    _, n, size, _ = turns.shape
+    half, step, parts = size // 2, 2**first, 2**count
+    groups, width = 2 * n // (step * parts), parts * half
+    joined = turns.new_zeros((groups, step, width, width))
+    eye = torch.diag_embed(joined.new_ones(width))
+    for i in range(count):
+        low = 2**i
+        turn = turns[first + i].reshape(groups, parts // (2 * low), low, step, half, 2, half, 2)
+        whole = (joined + eye).reshape(groups, step, parts // (2 * low), 2, low, half, width)
+        added = torch.einsum("gaokxbyc,gkacoyn->gkaboxn", turn, whole)
+        joined = joined + added.reshape(joined.shape)
+    return joined
+
+
+def _runs(turns: Tensor) -> list[tuple[Tensor, int, int]]:
+    """(R - I, 2^first, 2^count) of each run of joined stages; a single block of odd size has no halves."""
+    stages, _, size, _ = turns.shape
+    if size % 2:
+        return [(turns[0][None], 1, 1)]
+    found, first = [], 0
+    for count in _joined(stages, size // 2):
+        found.append((_join(turns, first, count), 2**first, 2**count))
+        first += count
+    return found
 
 
 def butterfly(t: Tensor, turns: Tensor) -> Tensor:
-    """What all stages together add to `t` `[..., out]`; turns `[m, n, s, s]` are R - I of each stage and block."""
+    """All stages applied to `t` `[..., out]`; turns `[m, n, s, s]` are R - I of each stage and block."""
+    with full_precision(t):
+        y: Tensor | None = None
+        step = parts = 1
+        for joined, new_step, new_parts in _runs(turns):
+            groups, width = joined.shape[0], joined.shape[-1]
+            eye = torch.diag_embed(joined.new_ones(width))
+            matrices = same_dtype((joined + eye).flatten(0, 1).mT, t)
+            if y is None:
+                blocks = t.reshape(-1, groups * new_step, width).transpose(0, 1)
+            else:  # [groups, new parts, step, tokens, parts, s/2] -> what stood apart comes together
+                split = y.reshape(groups, new_parts, step, -1, parts, width // new_parts)
+                blocks = split.permute(0, 4, 2, 3, 1, 5).reshape(groups * new_step, -1, width)
+            y = torch.bmm(blocks, matrices)
+            step, parts = new_step, new_parts
+        assert y is not None
+        return _in_order(y, step, parts, t)
+
+
+def _in_order(y: Tensor, step: int, parts: int, t: Tensor) -> Tensor:
+    """The channels of the last run `[groups·step, tokens, parts·s/2]` back in their order, in the shape of `t`."""
+    split = y.reshape(-1, step, y.shape[1], parts, y.shape[2] // parts)
+    return split.permute(2, 0, 3, 1, 4).reshape(t.shape)
+
+
+def butterfly_deviation(t: Tensor, turns: Tensor) -> Tensor:
+    """What all stages together add to `t`; in half precision without a sum in which a small change would vanish."""
+    if t.dtype.itemsize >= 4:
+        return butterfly(t, turns) - t
     d: Tensor | None = None
-    for stage, turn in enumerate(turns):
-        step = _stage(t if d is None else t + d, turn, stage)
-        d = step if d is None else d + step
+    for joined, step, parts in _runs(turns):
+        now = t if d is None else t + d
+        with full_precision(t):
+            split = now.reshape(-1, joined.shape[0], parts, step, joined.shape[-1] // parts)
+            blocks = split.permute(1, 3, 0, 2, 4).reshape(joined.shape[0] * step, -1, joined.shape[-1])
+            added = _in_order(torch.bmm(blocks, same_dtype(joined.flatten(0, 1).mT, t)), step, parts, t)
+        d = added if d is None else d + added
     assert d is not None
     return d
-
-
-def _stage(t: Tensor, turn: Tensor, stage: int) -> Tensor:
-    """(R - I)·t of one stage."""
-    n, size, _ = turn.shape
-    if n == 1:
-        with full_precision(t):
-            return t @ same_dtype(turn[0].mT, t)
-    half, step = size // 2, 2**stage
-    groups = n // step
-    split = t.reshape(-1, groups, 2, step, half).permute(1, 3, 0, 4, 2)  # [groups, step, tokens, half, 2]
-    with full_precision(t):
-        turned = split.reshape(n, -1, size) @ same_dtype(turn.mT, t)
-    back = turned.reshape(groups, step, -1, half, 2).permute(2, 0, 4, 1, 3)
-    return back.reshape(t.shape)

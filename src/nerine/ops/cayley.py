@@ -1,4 +1,4 @@
-"""Orthogonal blocks from free square ones: the Cayley transform and its series, and turning channels by them.
+"""Orthogonal blocks from free square ones: the Cayley transform and its series.
 
     Q = B - Bᵀ,    R = (I + Q)·(I - Q)⁻¹
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nerine.ops.precision import full_precision, same_dtype
+from nerine.ops.precision import full_precision
 
-__all__ = ["bounded", "cayley", "neumann", "skew", "skew_of_upper", "turn_channels"]
+__all__ = ["bounded", "cayley", "neumann", "skew", "skew_of_upper"]
 
 
 def skew(blocks: Tensor) -> Tensor:
@@ -55,11 +55,3 @@ def neumann(q: Tensor, terms: int) -> Tensor:
             power = power @ q
             turn = turn + (2 if exponent < terms - 1 else 1) * power
         return turn
-
-
-def turn_channels(t: Tensor, matrices: Tensor) -> Tensor:
-    """Each block of s channels of `t` `[..., n·s]` times its own of the `matrices` `[n, s, s]`."""
-    n, size, _ = matrices.shape
-    blocks = t.reshape(-1, n, size).transpose(0, 1)  # [n, tokens, s]
-    with full_precision(t):
-        return torch.bmm(blocks, same_dtype(matrices, t)).transpose(0, 1).reshape(t.shape)

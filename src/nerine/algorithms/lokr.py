@@ -14,8 +14,8 @@ from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Sizes, Spec
 from nerine.errors import OptionError
-from nerine.ops.kron import factorize, kron, kron_row_square, mix_channels
-from nerine.ops.precision import full_precision, same_dtype
+from nerine.ops.kron import add_kron, factorize, kron, kron_row_square, mix_channels
+from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import contract
 from nerine.ops.row_norm import norm_from_square
 from nerine.ops.tucker import tucker
@@ -128,6 +128,9 @@ class LoKr(Sandwich):
 
     def delta(self, p: Params, shape: Shape) -> Tensor:
         return kron(self._w1(p), self._w2(p, shape[2:]))
+
+    def weight(self, p: Params, weight: Tensor) -> Tensor:
+        return add_kron(wide(weight), self._w1(p) * p.scale, self._w2(p, tuple(weight.shape[2:])))
 
     def output(self, p: Params, call: Call) -> Tensor:
         return super().output(p, call) if call.sink is None else self._apply(p, call, call.sink)

@@ -10,14 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from nerine.ops.precision import full_precision
-from nerine.ops.recompute import over_wide
+from nerine.ops.precision import full_precision, wide
+from nerine.ops.recompute import over_wide, replay
 from nerine.ops.row_norm import row_square
 
-__all__ = ["factorize", "kron", "kron_row_square", "mix_channels"]
-
-
-CHUNK = 2**20  # elements of a weight that are worked on at a time, so that a temporary stays small
+__all__ = ["add_kron", "factorize", "kron", "kron_row_square", "mix_channels"]
 
 
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
@@ -43,6 +40,15 @@ def kron(w1: Tensor, w2: Tensor) -> Tensor:
     return (left * w2.reshape(1, b, 1, d, *kernel)).reshape(a * b, c * d, *kernel)
 
 
+def add_kron(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """weight + w1 ⊗ w2 in one pass; `weight` `[a·b, c·d, *k]`."""
+    a, c = w1.shape
+    b, d, *kernel = w2.shape
+    ones = [1] * len(kernel)
+    blocks = weight.reshape(a, b, c, d, *kernel)
+    return torch.addcmul(blocks, w1.reshape(a, 1, c, 1, *ones), w2.reshape(1, b, 1, d, *kernel)).reshape(weight.shape)
+
+
 def mix_channels(x: Tensor, w1: Tensor, channel: int) -> Tensor:
     """Apply `w1` `[a, c]` to the coarse half of the channels.
 
@@ -60,6 +66,8 @@ def mix_channels(x: Tensor, w1: Tensor, channel: int) -> Tensor:
 
 def kron_row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """Squared norms `[out]` of the rows of `weight + w1 ⊗ w2`, without the dense product."""
+    if w1.shape[1] < 4:  # what is kept for backward is 1/c of the weight: too much of it where c is small
+        return replay(lambda weight, *factors: _row_square(wide(weight), *factors), weight, w1, w2)
     return over_wide(_row_square, weight, w1, w2)
 
 
@@ -68,8 +76,9 @@ def _row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     b, taps = w2.shape[0], w2.flatten(1)
     with full_precision(weight):
         blocks = weight.reshape(a, b, c, -1)  # [a, b, c, d·Πk]
-        rows = max(1, CHUNK * a // max(1, weight.numel()))
-        partial = torch.cat([(part * taps[None, :, None]).sum(3) for part in blocks.split(rows)])
-        cross = (partial * w1[:, None]).sum(2)  # [a, b]
+        mixed = torch.matmul(w1[:, None, None, :], blocks)[
+            :, :, 0
+        ]  # [a, b, d·Πk]: the coarse factor first, it is small
+        cross = (mixed * taps).sum(2)  # [a, b]
         own = w1.square().sum(1)[:, None] * taps.square().sum(1)
         return row_square(weight) + (2 * cross + own).reshape(-1)

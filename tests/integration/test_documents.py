@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,10 @@ def blocks(document: Path) -> list[str]:
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.name)
 def test_the_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "document"}
+    program = types.ModuleType("document")
+    monkeypatch.setitem(sys.modules, "document", program)  # where dataclasses and pickle look a class up
     for code in blocks(document):
-        exec(compile(code, str(document), "exec"), names)
+        exec(compile(code, str(document), "exec", dont_inherit=True), program.__dict__)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

@@ -16,10 +16,13 @@ from nerine.algorithms.ia3 import IA3
 from nerine.algorithms.loha import LoHa
 from nerine.algorithms.lokr import LoKr
 from nerine.algorithms.lora import LoRA
+from nerine.algorithms.low_rank import LowRank
 from nerine.algorithms.norm import Norm
 from nerine.algorithms.oft_v2 import OFTv2
 from nerine.algorithms.tlora import TLoRA
+from nerine.axes import Layout, Spec
 from nerine.errors import OptionError, nearest
+from nerine.site import Site
 
 __all__ = [
     "BOFT",
@@ -33,13 +36,17 @@ __all__ = [
     "DyLoRA",
     "Full",
     "GLoRA",
+    "Layout",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LowRank",
     "Norm",
     "OFTv2",
     "Params",
     "Sandwich",
+    "Site",
+    "Spec",
     "TLoRA",
     "build",
     "prefers_weight",

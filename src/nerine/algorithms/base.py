@@ -29,10 +29,10 @@ from nerine.ops.recompute import contract, replay
 from nerine.ops.row_norm import norm_from_square, row_square
 from nerine.site import Site
 
-__all__ = ["FLOOR", "Algorithm", "Call", "Design", "Params", "Sandwich", "Strength", "prefers_weight"]
+__all__ = ["FLOOR", "Algorithm", "Call", "ChangedInput", "Design", "Params", "Sandwich", "Strength", "prefers_weight"]
 
 BUILDING = 1.5  # the third product of the weight path and its building, in products of the layer's size (measured)
-Strength = Callable[[], Tensor | float]  # drawn only by who uses it
+Strength = Callable[[], Tensor | float] | None  # drawn only by who uses it; None is one
 
 FLOOR = 1e-12  # a row norm is never taken as less than this
 
@@ -106,6 +106,13 @@ class Call:
         if self.bias is None:
             return self.y
         return self.y - same_dtype(self.site.over_channels(self.bias), self.y)
+
+
+class ChangedInput(NamedTuple):
+    """Another input for a layer, and the adapter (if any) that still acts beside it, on that input."""
+
+    x: Tensor
+    then: tuple[Algorithm, Params] | None = None
 
 
 def _fill(init: str, tensor: Tensor, rng: torch.Generator | None) -> Tensor:
@@ -281,8 +288,15 @@ class Algorithm(ABC):
         """The layer's output with this adapter alone, at strength one: y + deviation."""
         return call.y + same_dtype(self.deviation(p, call), call.y)
 
-    def changed_input(self, p: Params, site: Site, x: Tensor, strength: Strength) -> Tensor | None:
-        """x' with op(x', W) = op(x, W + strength·(W' - W)), where an adapter can act so; None where it cannot."""
+    def acts_on_input(self, site: Site, layout: Layout) -> bool:
+        """Whether `changed_input` has something for such tensors at `site`."""
+        return False
+
+    def changed_input(
+        self, p: Params, site: Site, x: Tensor, weight: Callable[[], Tensor], strength: Strength
+    ) -> ChangedInput | None:
+        """What to give the layer instead of `x`, so that its own weight gives what W + strength·(W' - W) would give for
+        `x`; None where there is no such thing."""
         return None
 
     @staticmethod
@@ -301,6 +315,16 @@ class Algorithm(ABC):
                 return norm_from_square(row_square(changed), FLOOR)
 
         return replay(rows, weight, *p.tensors.values())
+
+    def column_norm(self, p: Params, weight: Tensor) -> Tensor:
+        """Norms `[in]` of the input channels of W', over outputs and taps, in at least fp32, differentiable."""
+
+        def columns(weight: Tensor, *values: Tensor) -> Tensor:
+            with full_precision(weight):
+                changed = self.weight(p.filled(values), weight)
+                return norm_from_square(row_square(changed.transpose(0, 1)), FLOOR)
+
+        return replay(columns, weight, *p.tensors.values())
 
     def cost(self, site: Site, design: Design) -> int:
         """Multiply-adds of `deviation` for one output position; the default forms the dense product."""
@@ -375,11 +399,13 @@ class Sandwich(Algorithm):
         assert d is not None, f"{self.name} has no pieces"
         return d
 
-    def changed_input(self, p: Params, site: Site, x: Tensor, strength: Strength) -> Tensor | None:
+    def changed_input(
+        self, p: Params, site: Site, x: Tensor, weight: Callable[[], Tensor], strength: Strength
+    ) -> ChangedInput | None:
         if self.pieces_of(p) != {"pre"} or site.kind == "embedding":
             return None
         turned = self.pre(p, site.channels_last(x).unflatten(-1, (site.groups, -1))).flatten(-2)
-        return x + site.channels_first(turned) * (p.scale * strength())
+        return ChangedInput(x + site.channels_first(turned) * (p.scale * (1 if strength is None else strength())))
 
     def deviation(self, p: Params, call: Call) -> Tensor:
         d: Tensor | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import FLOOR, Algorithm, Call, Design, Params
+from nerine.algorithms.base import FLOOR, Algorithm, Call, ChangedInput, Design, Params, Strength
 from nerine.algorithms.settings import check_choice, check_flag
 from nerine.axes import Layout, Spec
 from nerine.errors import OptionError
@@ -188,5 +188,20 @@ class DoRA(Algorithm):
         offset = torch.zeros_like(gain) if call.bias is None else call.bias * (1 - gain)
         return rescale(u, same_dtype(gain, u), same_dtype(offset, u), call.site.channel)
 
+    def acts_on_input(self, site: Site, layout: Layout) -> bool:
+        return self.axis == "in" and site.kind != "embedding"
+
+    def changed_input(
+        self, p: Params, site: Site, x: Tensor, weight: Callable[[], Tensor], strength: Strength
+    ) -> ChangedInput | None:
+        """Scaled columns of V are a scaled input of V = W + inner deviation."""
+        if strength is not None or not self.acts_on_input(site, self.layouts[0]):
+            return None
+        magnitude, inner = self._split(p)
+        gain = self._gain(magnitude, self.inner.column_norm(inner, weight())).repeat(site.groups)
+        return ChangedInput(x * same_dtype(site.over_channels(gain), x), (self.inner, inner))
+
     def cost(self, site: Site, design: Design) -> int:
-        return site.dense if self.axis == "in" else self.inner.cost(site, design)
+        if self.axis == "in" and site.kind == "embedding":
+            return site.dense
+        return self.inner.cost(site, design)

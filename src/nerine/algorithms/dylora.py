@@ -63,5 +63,8 @@ class DyLoRA(LowRank):
         up = torch.where(silent.reshape(over_up), torch.zeros_like(up), up)
         return p.replaced(down=torch.where(learns.reshape(over_down), down, down.detach()), up=up)
 
+    def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
+        return self.nearest(site, weight, target, self.rank, scale_of(self.rank, self.alpha, self.rs))
+
     def factors(self, p: Params) -> tuple[Tensor, Tensor]:
         return p.tensors["up"].flatten(1) * p.scale, p.tensors["down"]

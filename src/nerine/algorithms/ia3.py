@@ -67,6 +67,9 @@ class IA3(Sandwich):
         offset = torch.zeros_like(w) if call.bias is None else -w * call.bias
         return rescale(call.y, 1 + w, offset, call.site.channel)
 
+    def acts_on_input(self, site: Site, layout: Layout) -> bool:
+        return "w_in" in layout.specs and site.kind != "embedding"
+
     def cost(self, site: Site, design: Design) -> int:
         return site.dense if "w_in" in design.layout.specs else site.shape[0]
 

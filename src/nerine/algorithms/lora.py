@@ -110,6 +110,9 @@ class LoRA(LowRank):
             up, down = from_base(up, down, p.tensors["base_up"].flatten(1), p.tensors["base_down"])
         return up * p.scale, down
 
+    def cost(self, site: Site, design: Design) -> int:
+        return site.low_rank_cost(design.sizes["rank"] * (2 if "base_down" in design.layout.specs else 1))
+
     def for_file(self, p: Params, weight: Tensor) -> Params:
         if "base_down" not in p.tensors:
             return p
@@ -126,10 +129,9 @@ class LoRA(LowRank):
         return Params({**whole, "base_down": base_down, "base_up": first - up[:, rank:]}, p.scale)
 
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
-        design = LoRA(rank=self.rank, alpha=self.alpha, rs=self.rs).design(site)
-        up, down = best_low_rank((wide(target) - wide(weight)).flatten(1) / design.scale, self.rank)
-        shapes = design.shapes
-        return Params({"down": down.reshape(shapes["down"]), "up": up.reshape(shapes["up"])}, design.scale)
+        if self.tucker and not site.pointwise:
+            raise OptionError("LoRA: a Tucker core is not fitted; leave tucker out")
+        return self.nearest(site, weight, target, self.rank, scale_of(self.rank, self.alpha, self.rs))
 
 
 def _by_qr(flat: Tensor, rank: int) -> tuple[Tensor, Tensor]:

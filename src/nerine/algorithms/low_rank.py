@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
 from nerine.axes import Layout, Shape, Spec
-from nerine.ops.precision import full_precision, same_dtype
-from nerine.ops.row_norm import low_rank_row_square, low_rank_size, norm_from_square
+from nerine.ops.precision import full_precision, same_dtype, wide
+from nerine.ops.row_norm import low_rank_column_square, low_rank_row_square, low_rank_size, norm_from_square
 from nerine.site import Site
 
 __all__ = ["DOWN", "PLAIN", "UP", "LowRank", "best_low_rank", "from_base"]
@@ -62,13 +62,24 @@ class LowRank(Sandwich):
         up, down = self.factors(p)
         return norm_from_square(low_rank_row_square(weight, up, down.flatten(1)), FLOOR)
 
+    def column_norm(self, p: Params, weight: Tensor) -> Tensor:
+        up, down = self.factors(p)
+        square = low_rank_column_square(weight, up, down.flatten(1))
+        return norm_from_square(square.reshape(weight.shape[1], -1).sum(1), FLOOR)
+
     def size(self, p: Params, weight: Tensor) -> Tensor:
         up, down = self.factors(p)
         return low_rank_size(up, down.flatten(1))
 
+    @staticmethod
+    def nearest(site: Site, weight: Tensor, target: Tensor, rank: int, scale: float) -> Params:
+        """Plain up and down whose product, times `scale`, is nearest to `target - weight`."""
+        up, down = best_low_rank((wide(target) - wide(weight)).flatten(1) / scale, rank)
+        ones = [1] * len(site.kernel)
+        return Params({"down": down.reshape(rank, *site.shape[1:]), "up": up.reshape(-1, rank, *ones)}, scale)
+
     def cost(self, site: Site, design: Design) -> int:
-        twice = any(not spec.trained for spec in design.layout.specs.values())  # factors of what it started with
-        return site.low_rank_cost(design.sizes["rank"] * (1 + twice))
+        return site.low_rank_cost(design.sizes["rank"])
 
 
 def _over_samples(gate: Tensor, h: Tensor, site: Site) -> Tensor:

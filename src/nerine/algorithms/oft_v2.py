@@ -6,11 +6,12 @@ the blocks run over the flattened rows of the weight, as PEFT has it, and the ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nerine.algorithms.base import Algorithm, Call, Design, Params, Sandwich, Strength
+from nerine.algorithms.base import Algorithm, Call, ChangedInput, Design, Params, Sandwich, Strength
 from nerine.algorithms.settings import check_rank, nearest_divisor
 from nerine.axes import Layout, Spec
 from nerine.errors import OptionError
@@ -84,5 +85,10 @@ class OFTv2(Sandwich):
     def deviation(self, p: Params, call: Call) -> Tensor:
         return super().deviation(p, call) if call.site.pointwise else Algorithm.deviation(self, p, call)
 
-    def changed_input(self, p: Params, site: Site, x: Tensor, strength: Strength) -> Tensor | None:
-        return super().changed_input(p, site, x, strength) if site.pointwise else None
+    def acts_on_input(self, site: Site, layout: Layout) -> bool:
+        return site.pointwise and site.kind != "embedding"
+
+    def changed_input(
+        self, p: Params, site: Site, x: Tensor, weight: Callable[[], Tensor], strength: Strength
+    ) -> ChangedInput | None:
+        return super().changed_input(p, site, x, weight, strength) if site.pointwise else None

@@ -79,23 +79,31 @@ class TLoRA(LowRank):
 
     def start(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
         design = self.design(site)
-        source = wide(weight).flatten(1)
-        if self.init == "random":
-            source = torch.empty_like(source).normal_(0.0, 1 / self.rank, generator=rng)
-        return Params(self._directions(source, design, self.init), design.scale)
+        flat = wide(weight).flatten(1)
+        if self.init != "random":
+            return Params(self._directions(flat, design, self.init), design.scale)
+        rank, (out, inputs) = design.sizes["rank"], flat.shape
+        with full_precision(flat):
+            p, q = (torch.linalg.qr(flat.new_empty((n, rank)).normal_(generator=rng))[0] for n in (out, inputs))
+        size = (out**0.5 + inputs**0.5) / rank  # the largest singular value of random entries of σ = 1/rank
+        return Params(self._doubled({"q": q.mT, "p": p, "lambda": flat.new_full((rank,), size)}, design), design.scale)
 
     @staticmethod
     @torch.no_grad()
     def _directions(source: Tensor, design: Design, which: str) -> dict[str, Tensor]:
         """All six tensors from singular directions of `source` `[out, in·Πk]`."""
-        rank, shapes = design.sizes["rank"], design.shapes
+        rank = design.sizes["rank"]
         with full_precision(source):
             u, s, vh = torch.linalg.svd(source, full_matrices=False)
-        first = {"principal": 0, "random": 0, "last": len(s) - rank, "middle": (len(s) - rank) // 2}[which]
+        first = {"principal": 0, "last": len(s) - rank, "middle": (len(s) - rank) // 2}[which]
         chosen = slice(first, first + rank)
-        found = {"q": vh[chosen], "p": u[:, chosen], "lambda": s[chosen]}
+        return TLoRA._doubled({"q": vh[chosen], "p": u[:, chosen], "lambda": s[chosen]}, design)
+
+    @staticmethod
+    def _doubled(found: dict[str, Tensor], design: Design) -> dict[str, Tensor]:
+        """The three factors in their shapes, and once more as the base that is subtracted."""
         base = {f"base_{name}": t for name, t in found.items()}
-        return {name: t.reshape(shapes[name]).clone() for name, t in {**found, **base}.items()}
+        return {name: t.reshape(design.shapes[name]).clone() for name, t in {**found, **base}.items()}
 
     def complete(self, p: Params, weight: Tensor) -> tuple[Params, str]:
         if "base_q" in p.tensors:
@@ -120,6 +128,9 @@ class TLoRA(LowRank):
             gram = rows @ rows.mT
             total = total + (gram - torch.diag(torch.ones_like(gram[0]))).square().sum()
         return total
+
+    def cost(self, site: Site, design: Design) -> int:
+        return site.low_rank_cost(2 * design.sizes["rank"])
 
     def factors(self, p: Params) -> tuple[Tensor, Tensor]:
         t = p.tensors

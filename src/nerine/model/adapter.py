@@ -110,6 +110,8 @@ class Adapter(nn.Module):
         sizes = bind(layout, shapes, site.sizes, where)
         self.carriers = layout.carriers
         self.gates = tuple((name, axis + lead) for name, axis in layout.gates(bool(site.kernel)))
+        if self.noise.rank_dropout and not self.gates:
+            raise OptionError(f"{where}: {algorithm} names no axis along which ranks could be dropped (rank_dropout)")
         self.prefers_weight = prefers_weight(algorithm.cost(site, Design(layout, sizes)), site.dense)
         self.has_gate = getattr(algorithm, "inner", algorithm).__class__.gate is not Algorithm.gate
 

@@ -251,11 +251,9 @@ def _whole(
     alone = active[0] if len(active) == 1 else None
     if _loses_nothing(x, weight_at(layer, mount), drawn):
         if alone is not None:
-            turned = alone.algorithm.changed_input(
-                drawn[0][1].params, site, x, functools.partial(alone.call_strength, x)
-            )
-            if turned is not None:
-                return base(turned, *args[1:]) if args else base(**{**kwargs, next(iter(kwargs)): turned})
+            y = _by_input(layer, base, mount, site, (alone, drawn[0][1]), args, kwargs)
+            if y is not None:
+                return y
         if before is None and any(adapter.prefers_weight for adapter in active) and plain_forward(layer):
             return _weight_path(layer, mount, site, drawn, x)
     y = base(*args, **kwargs)
@@ -268,6 +266,30 @@ def _whole(
     for adapter, now in drawn:
         y = y + same_dtype(_deviation(adapter, now, call), y)
     return y
+
+
+def _by_input(
+    layer: nn.Module,
+    base: Callable[..., Any],
+    mount: Mount,
+    site: Site,
+    drawn: tuple[Adapter, Drawn],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """The layer's own forward on another input, where the adapter can act so; None where it cannot."""
+    (adapter, now), x = drawn, _input_of(args, kwargs)
+    strength = None if adapter.is_plain else functools.partial(adapter.call_strength, x)
+    weight = functools.partial(weight_at, layer, mount)
+    found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
+    if found is None:
+        return None
+    y: Tensor = base(found.x, *args[1:]) if args else base(**{**kwargs, next(iter(kwargs)): found.x})
+    shift = adapter.algorithm.shift(now.params)
+    if found.then is not None:
+        algorithm, p = found.then
+        y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, mount), weight)), y)
+    return y if shift is None else y + same_dtype(site.over_channels(shift), y)
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

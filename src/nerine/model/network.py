@@ -31,7 +31,7 @@ from nerine.model.attach import (
     weight_at,
 )
 from nerine.model.fast_path import keep_from_fast_paths, restore_fast_paths
-from nerine.model.layer import bias_name
+from nerine.model.layer import bias_name, is_affine
 from nerine.model.targets import Match, Rule, Targets, find_targets, matches
 from nerine.tables import table
 
@@ -291,6 +291,8 @@ class Network:
             raise OptionError(f"max_norm: the limit must be a positive number, got {limit!r}")
         before, after = [], []
         for holder, mount, _, adapter in self.placed():
+            if not adapter.carriers:
+                raise OptionError(f"{mount.path}: {adapter.algorithm} names no tensor that carries its size")
             weight = weight_at(holder, mount)
             first = size = adapter.size(weight)
             for _ in range(1 if adapter.algorithm.keeps_mean else 6):  # a rotation does not grow in proportion
@@ -502,6 +504,12 @@ def attach(
         for _, mount in network._mounts()
         if mount.shared_with
     }
+    if dropout:
+        notes |= {
+            f"dropout does not act on {mount.path}, whose module shows no output of its own"
+            for holder, mount in network._mounts()
+            if mount.site.opaque and not is_affine(holder)
+        }
     rows = [
         (mount.path, target.kind, str(adapter.algorithm), sum(p.numel() for p in adapter.parameters()))
         for target, (_, mount, _, adapter) in zip(chosen, network.placed(), strict=True)

@@ -21,8 +21,8 @@ class PlanRow:
     """One layer: what it is, what it gets, and what that costs.
 
     `cost` is multiply-adds of the adapter per output position over those of the layer; `path` says how it computes:
-    "factored" beside the layer, "weight", as one product with the changed weight, or "module", through the layer's own
-    forward with a changed weight.
+    "factored" beside the layer, "weight" as one product with the changed weight, "input" as the layer itself on a
+    changed input, or "module" through its own forward with a changed weight.
     """
 
     layer: str
@@ -103,14 +103,16 @@ def plan(
                 {name: (*lead, *shape) for name, shape in design.shapes.items()},
                 design.trained * each,
                 cost / site.dense,
-                _path_of(site, cost),
+                _path_of(site, cost, algorithm.acts_on_input(site, design.layout)),
                 design.note,
             )
         )
     return Plan(tuple(rows), skipped, sum(p.numel() for p in model.parameters()))
 
 
-def _path_of(site: Site, cost: int) -> str:
+def _path_of(site: Site, cost: int, on_input: bool) -> str:
     if site.opaque:
         return "module"
+    if on_input:
+        return "input"
     return "weight" if prefers_weight(cost, site.dense) else "factored"

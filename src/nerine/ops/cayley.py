@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nerine.ops.precision import full_precision
 
-__all__ = ["bounded", "cayley", "neumann", "skew", "skew_of_upper"]
+__all__ = ["bounded", "cayley", "inverse_cayley", "neumann", "skew", "skew_of_upper"]
 
 
 def skew(blocks: Tensor) -> Tensor:
@@ -42,6 +42,13 @@ def cayley(q: Tensor) -> Tensor:
         eye = torch.diag_embed(torch.ones_like(q[..., 0]))
         turn: Tensor = torch.linalg.solve(eye - q, 2 * q)
         return turn
+
+
+def inverse_cayley(r: Tensor) -> Tensor:
+    """Q of orthogonal `r` `[..., s, s]`: (R - I)·(R + I)⁻¹; there is none where R turns something by half a circle."""
+    eye = torch.diag_embed(torch.ones_like(r[..., 0]))
+    q: Tensor = torch.linalg.solve(r + eye, r - eye)
+    return q
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:

@@ -14,7 +14,7 @@ from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import over_wide, replay
 from nerine.ops.row_norm import row_square
 
-__all__ = ["add_kron", "factorize", "kron", "kron_row_square", "mix_channels"]
+__all__ = ["add_kron", "factorize", "kron", "kron_row_square", "mix_channels", "nearest_kron"]
 
 
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
@@ -47,6 +47,21 @@ def add_kron(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     ones = [1] * len(kernel)
     blocks = weight.reshape(a, b, c, d, *kernel)
     return torch.addcmul(blocks, w1.reshape(a, 1, c, 1, *ones), w2.reshape(1, b, 1, d, *kernel)).reshape(weight.shape)
+
+
+@torch.no_grad()
+def nearest_kron(matrix: Tensor, shape: tuple[int, int], kernel: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """w1 of `shape` `[a, c]` and w2 `[b, d, *k]` whose Kronecker product is nearest to `matrix` `[a·b, c·d, *k]`.
+
+    Source: Van Loan and Pitsianis 1993: the entries in another order, where a Kronecker product has rank one.
+    """
+    a, c = shape
+    blocks = matrix.reshape(a, matrix.shape[0] // a, c, matrix.shape[1] // c, -1)
+    rows = blocks.permute(0, 2, 1, 3, 4).reshape(a * c, -1)
+    with full_precision(matrix):
+        u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    root = s[0].sqrt()
+    return (root * u[:, 0]).reshape(a, c), (root * vh[0]).reshape(blocks.shape[1], blocks.shape[3], *kernel)
 
 
 def mix_channels(x: Tensor, w1: Tensor, channel: int) -> Tensor:

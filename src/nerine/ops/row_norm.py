@@ -13,7 +13,7 @@ from torch import Tensor
 from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import over_wide
 
-__all__ = ["low_rank_row_square", "low_rank_size", "norm_from_square", "row_square"]
+__all__ = ["low_rank_column_square", "low_rank_row_square", "low_rank_size", "norm_from_square", "row_square"]
 
 
 def row_square(weight: Tensor) -> Tensor:
@@ -30,6 +30,18 @@ def norm_from_square(square: Tensor, floor: float) -> Tensor:
 def low_rank_row_square(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Squared norms `[out]` of the rows of `weight + up·down`; up `[out, rank]`, down `[rank, in·Πk]`."""
     return over_wide(_low_rank, weight, up, down)
+
+
+def low_rank_column_square(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Squared norms `[in·Πk]` of the columns of `weight + up·down`, likewise."""
+    return over_wide(_low_rank_columns, weight, up, down)
+
+
+def _low_rank_columns(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    with full_precision(weight):
+        flat = weight.flatten(1)
+        change = 2 * (up.mT @ flat) + (up.mT @ up) @ down  # [rank, in·Πk]
+        return flat.square().sum(0) + (change * down).sum(0)
 
 
 def low_rank_size(up: Tensor, down: Tensor) -> Tensor:

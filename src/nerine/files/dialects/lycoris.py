@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nerine.algorithms import REGISTRY, Algorithm, DoRA, Params
 from nerine.axes import Layout, Spec, bind, kernel_of
-from nerine.errors import FormatError, ShapeError
+from nerine.errors import FormatError, OptionError, ShapeError
 from nerine.files.checkpoint import Checkpoint, LoadReport, LoadRow, Record
 from nerine.files.meta import Meta, read_meta
 from nerine.files.names import candidates, flatten, split_key, stems
@@ -30,7 +30,12 @@ _ALPHA, _MAGNITUDE = "alpha", "dora_scale"
 
 def _known_layouts(others: Sequence[type[Algorithm]]) -> Iterator[tuple[Algorithm, Layout]]:
     for kind in dict.fromkeys([*REGISTRY.values(), *others]):
-        algorithm = kind()
+        try:
+            algorithm = kind()
+        except TypeError as error:
+            raise OptionError(
+                f"{kind.__name__}: to be read from files, every setting needs a default ({error})"
+            ) from None
         for layout in algorithm.layouts:
             yield algorithm, layout
 
@@ -94,7 +99,7 @@ class Lycoris:
                 layer = _the_one(layers_of[parts[0]], parts[0], meta, source)
                 found.setdefault(layer, {})[parts[1]] = key
         if not found:
-            raise FormatError(_nothing_matched(source, unmatched, layers_of))
+            raise FormatError(f"{_nothing_matched(source, unmatched, layers_of)}{_unknown(meta)}")
         records, rows = {}, []
         for path in (p for p in sites if p in found):
             records[path], row = self._layer(source, path, sites[path], found[path], meta)
@@ -109,7 +114,7 @@ class Lycoris:
         self, source: Source, path: str, site: Site, keys: Mapping[str, str], meta: Meta
     ) -> tuple[Record, LoadRow]:
         told = meta.layers.get(path)
-        algorithm, layout, notes = _recognise(path, site, keys, source, told, self.others)
+        algorithm, layout, notes = _recognise(path, site, keys, source, meta, self.others)
         tensors = {name: _floats(source, keys[spec.key]) for name, spec in layout.specs.items()}
         if _MAGNITUDE in keys:
             hint = told.axis if isinstance(told, DoRA) else ""
@@ -170,7 +175,7 @@ def _recognise(
     site: Site,
     keys: Mapping[str, str],
     source: Source,
-    told: Algorithm | None,
+    meta: Meta,
     others: Sequence[type[Algorithm]],
 ) -> tuple[Algorithm, Layout, list[str]]:
     """The algorithm and layout whose tensors are exactly those of the file, by key and then by shape; notes on that."""
@@ -178,8 +183,9 @@ def _recognise(
     known = list(_known_layouts(others))
     by_key = [(a, layout) for a, layout in known if layout.keys == own and _marks_agree(layout, keys, source)]
     if not by_key:
-        raise FormatError(_no_such_set(path, own, known, source))
+        raise FormatError(f"{_no_such_set(path, own, known, source)}{_unknown(meta)}")
     by_shape = [(a, layout) for a, layout in by_key if _fits(layout, site, keys, source, path)]
+    told = meta.layers.get(path)
     inner = getattr(told, "inner", told)
     likely = [pair for pair in by_shape if type(pair[0]) is type(inner)] or by_shape or by_key
     algorithm, layout = likely[0]
@@ -213,6 +219,11 @@ def _no_such_set(path: str, own: set[str], known: list[tuple[Algorithm, Layout]]
         f"the closest is {algorithm.name}, {'which also has ' + ', '.join(lacking) if lacking else ''}"
         f"{' and ' if lacking and extra else ''}{'which has no ' + ', '.join(extra) if extra else ''}"
     )
+
+
+def _unknown(meta: Meta) -> str:
+    """The end of an error about a file whose settings cannot be read, which may be the reason."""
+    return f" {meta.note}; pass the classes of your own algorithms as `algorithms`" if meta.note else ""
 
 
 def _rank(params: Params, layout: Layout, site: Site) -> int:

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
         TargetError,
         UnsupportedBase,
     )
-    from nerine.model.network import Network, attach
+    from nerine.model.fitting import attach
+    from nerine.model.network import Network
     from nerine.model.parametrize import parametrize
     from nerine.model.plan import plan
     from nerine.model.targets import Rule
@@ -75,7 +76,8 @@ _HOMES = {
         "TargetError",
         "UnsupportedBase",
     ),
-    "nerine.model.network": ("Network", "attach"),
+    "nerine.model.fitting": ("attach",),
+    "nerine.model.network": ("Network",),
     "nerine.model.parametrize": ("parametrize",),
     "nerine.model.plan": ("plan",),
     "nerine.model.targets": ("Rule",),

@@ -18,8 +18,9 @@ from nerine.files.dialects import DIALECTS
 from nerine.files.meta import write_meta
 from nerine.files.store import open_file, write_file
 from nerine.model.adapter import Noise, check_strength
-from nerine.model.attach import weight_at
-from nerine.model.network import Fitting, Network, check_name, fit_in
+from nerine.model.fitting import Fitting, check_name, fit_in
+from nerine.model.mount import weight_at
+from nerine.model.network import Network
 from nerine.model.targets import every_spot
 from nerine.site import Site
 from nerine.version import __version__

@@ -11,13 +11,13 @@ import sys
 import typer
 
 from nerine.cli.demo import demo
+from nerine.errors import NerineError
 from nerine.version import __version__
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="nerine",
-    help="Fine-tune models beyond LoRA: train = merge = export = reload.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -42,8 +42,6 @@ def _root(
 
 def main() -> None:
     """The entry point `nerine`."""
-    from nerine.errors import NerineError
-
     try:
         app()
     except NerineError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nerine.model.attach import mounts_of
+from nerine.model.mount import mounts_of
 
 __all__ = ["keep_from_fast_paths", "restore_fast_paths"]
 

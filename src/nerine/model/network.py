@@ -9,102 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nerine.algorithms import Algorithm, Params
 from nerine.errors import MergeError, OptionError, ShapeError, TargetError, nearest
-from nerine.model.adapter import Adapter, Context, Noise, check_strength, start
-from nerine.model.attach import (
-    Mount,
-    Spot,
-    adapters_of,
-    forget_original,
-    merge_layer,
-    mounts_of,
-    put_on,
-    take_off,
-    unmerge_layer,
-    weight_at,
-)
-from nerine.model.fast_path import keep_from_fast_paths, restore_fast_paths
-from nerine.model.layer import bias_name, is_affine
-from nerine.model.targets import Match, Rule, Targets, find_targets, matches
-from nerine.tables import table
+from nerine.model.adapter import Adapter, check_strength
+from nerine.model.attach import take_off
+from nerine.model.fast_path import restore_fast_paths
+from nerine.model.merge import forget_original, merge_layer, unmerge_layer
+from nerine.model.mount import Mount, adapters_of, mounts_of, weight_at
+from nerine.model.reports import MaxNorm, MergeReport, NormReport
+from nerine.model.targets import Match, matches
 
-__all__ = ["AttachReport", "Fitting", "MergeReport", "Network", "attach", "check_name", "fit_in"]
-
-
-@dataclass(frozen=True)
-class AttachReport:
-    """What was put where: one row a layer, the layers left out with the reason, and notes."""
-
-    rows: tuple[tuple[str, str, str, int], ...]  # layer, kind, algorithm, trained values
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    frozen: int = 0  # base parameters that were set to requires_grad=False
-    notes: tuple[str, ...] = ()
-    idle: tuple[str, ...] = ()  # adapted, but not executed while others were
-
-    @property
-    def params(self) -> int:
-        return sum(row[3] for row in self.rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "params": self.params}
-
-    def __str__(self) -> str:
-        rows = [(layer, kind, algorithm, f"{params:,}") for layer, kind, algorithm, params in self.rows]
-        lines = [table(("layer", "kind", "algorithm", "params"), rows)]
-        lines.append(f"{len(self.rows)} layers, {self.params:,} trained values, {self.frozen} base parameters frozen")
-        lines += [f"left out: {path}: {why}" for path, why in self.skipped.items()]
-        lines += [f"never executed: {path}: its adapter has no effect" for path in self.idle]
-        return "\n".join([*lines, *self.notes])
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """Rounding of a merge, one row a layer: largest error of a weight, and error over change (both by norm)."""
-
-    rows: tuple[tuple[str, float, float], ...]
-
-    @property
-    def largest(self) -> float:
-        return max((row[1] for row in self.rows), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        keys = ("layer", "max_error", "relative_error")
-        return {"largest": self.largest, "layers": [dict(zip(keys, row, strict=True)) for row in self.rows]}
-
-    def __str__(self) -> str:
-        rows = [(layer, f"{error:.2e}", f"{relative:.2e}") for layer, error, relative in self.rows]
-        return table(("layer", "largest rounding", "relative to the change"), rows)
-
-
-@dataclass(frozen=True)
-class MaxNorm:
-    """What `Network.max_norm` did: how many adapters it shrank, and mean and largest |W' - W| afterwards."""
-
-    shrunk: int
-    mean: float
-    largest: float
-
-
-@dataclass(frozen=True)
-class NormReport:
-    """One row a layer: |W' - W|, |W|, and the norm of all gradients of its adapter (0 where there are none)."""
-
-    rows: tuple[tuple[str, float, float, float], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        keys = ("layer", "deviation", "weight", "gradient")
-        return {"layers": [dict(zip(keys, row, strict=True)) for row in self.rows]}
-
-    def __str__(self) -> str:
-        rows = [(path, f"{d:.3g}", f"{w:.3g}", f"{d / max(w, 1e-30):.2%}", f"{g:.3g}") for path, d, w, g in self.rows]
-        return table(("layer", "|W' - W|", "|W|", "change", "|gradient|"), rows)
+__all__ = ["Network"]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
@@ -123,17 +43,6 @@ def _numbers(values: Sequence[Tensor]) -> list[float]:
     """0-d tensors as Python floats, with one wait for the device and not one for each."""
     found: list[float] = torch.stack([v.detach().float().to(values[0].device) for v in values]).tolist()
     return found
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """An adapter about to be put on: where, what, and with which tensors."""
-
-    spot: Spot
-    algorithm: Algorithm
-    params: Params
-    lr: float | None = None
-    strength: float = 1.0
 
 
 class Network:
@@ -444,137 +353,3 @@ class Network:
         for *_, adapter in self.adapters():
             act(adapter)
         return self
-
-
-def check_name(model: nn.Module, name: str) -> None:
-    """Whether `name` can be given to new adapters of `model`.
-
-    Raises:
-        OptionError: it is empty, has a dot, is a word that torch keeps for itself, or is taken.
-    """
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise OptionError(f"{name!r} cannot be the name of an adapter: use a word without dots, such as 'style'")
-    for holder in model.modules():
-        for mount in mounts_of(holder):
-            if name in dict(adapters_of(holder, mount)):
-                raise OptionError(
-                    f"{mount.path} already has an adapter called {name!r}; detach it first, or choose another name"
-                )
-
-
-def attach(
-    model: nn.Module,
-    what: Algorithm | Sequence[Rule],
-    *,
-    targets: Targets = "full",
-    train_norm: bool = False,
-    name: str = "default",
-    own: bool = True,
-    freeze: bool = True,
-    dropout: float = 0.0,
-    rank_dropout: float = 0.0,
-    module_dropout: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Network:
-    """Put fresh adapters on the layers of `model`; at first they change nothing.
-
-    `what` is an algorithm for all `targets`, or rules of which the first that matches a layer wins. `targets` is a
-    preset ("full": every Linear, Conv and attention block, "full-lin"), a pattern, a class, a predicate, or a list of
-    those. `train_norm` adds the scales and offsets of all norms. With
-    `own` the adapters are children of their layers and move with them; without, the host keeps them through the
-    Network. With `freeze` every other parameter of the model stops to require gradients (`detach` undoes it).
-    `generator` draws the initial values instead of torch's global one.
-
-    Raises:
-        TargetError: no layer matches, or two share a weight.
-        OptionError: a bad setting, or the name is taken. The model is untouched whenever an error is raised.
-    """
-    noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
-    check_name(model, name)
-    chosen, skipped = find_targets(model, what, targets, train_norm)
-    fittings = []
-    for target in chosen:
-        spot, rule = target.spot, target.rule
-        params = start(target.algorithm, spot.site, weight_at(spot.holder, spot).detach(), generator)
-        fittings.append(Fitting(spot, target.algorithm, params, rule.lr, rule.strength))
-    network, frozen = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
-    notes = {t.algorithm.design(t.spot.site).note for t in chosen} - {""}
-    notes |= {
-        f"shares its weight with {mount.shared_with}: {mount.path}"
-        for _, mount in network._mounts()
-        if mount.shared_with
-    }
-    if dropout:
-        notes |= {
-            f"dropout does not act on {mount.path}, whose module shows no output of its own"
-            for holder, mount in network._mounts()
-            if mount.site.opaque and not is_affine(holder)
-        }
-    rows = [
-        (mount.path, target.kind, str(adapter.algorithm), sum(p.numel() for p in adapter.parameters()))
-        for target, (_, mount, _, adapter) in zip(chosen, network.placed(), strict=True)
-    ]
-    network.report = AttachReport(tuple(rows), skipped, frozen, tuple(sorted(notes)))
-    return network
-
-
-def fit_in(
-    model: nn.Module, fittings: Sequence[Fitting], name: str, *, own: bool, freeze: bool, noise: Noise
-) -> tuple[Network, int]:
-    """Put the adapters on their layers and freeze the rest; returns the handle and how many parameters were frozen."""
-    context = Context()
-    ready = [
-        (
-            f.spot,
-            Adapter(
-                f.algorithm,
-                f.spot.site,
-                f.params,
-                noise=noise,
-                context=context,
-                strength=f.strength,
-                lr=f.lr,
-                where=f.spot.path,
-            ),
-        )
-        for f in fittings
-    ]
-    for spot, adapter in ready:
-        if (
-            adapter.algorithm.shift(adapter.params()) is not None
-            and bias_name(spot.attr) not in spot.holder._parameters
-        ):
-            raise ShapeError(f"{spot.path}: the adapter moves a bias, and this kind of layer has none")
-    network = Network(model, [name])
-    if freeze:
-        others = {
-            id(p)
-            for holder in model.modules()
-            for m in mounts_of(holder)
-            for _, a in adapters_of(holder, m)
-            for p in a.parameters()
-        }
-        network._unfreeze = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
-        for parameter in network._unfreeze:
-            parameter.requires_grad_(False)
-    for spot, adapter in ready:
-        put_on(spot, name, adapter, own)
-    _note_shared(model)
-    keep_from_fast_paths(model)
-    return network, len(network._unfreeze)
-
-
-def _note_shared(model: nn.Module) -> None:
-    """Remember which adapted weights other modules have as well: those cannot be merged."""
-    holders: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
-    for holder in model.modules():
-        for mount in mounts_of(holder):
-            same = holders[id(holder._parameters[mount.attr])]
-            own = mount.path if mount.attr != "weight" else f"{mount.path}.weight"
-            mount.shared_with = (
-                next((other for other in same if other != own.split("[")[0]), "") if len(same) > 1 else ""
-            )

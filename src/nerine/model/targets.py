@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nerine.algorithms import Algorithm, Norm
 from nerine.errors import OptionError, TargetError, UnsupportedBase, nearest
 from nerine.model.adapter import check_strength
-from nerine.model.attach import Spot
 from nerine.model.layer import is_layer, kind_of, layer_kind, parameter_site, projections, site_of
+from nerine.model.mount import Spot
 
 __all__ = ["PRESETS", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches"]
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from nerine.algorithms import REGISTRY, Algorithm, DoRA
 from nerine.api import load, save
 from nerine.errors import FormatError, OptionError, nearest
-from nerine.model.network import Network, attach
+from nerine.model.fitting import attach
+from nerine.model.network import Network
 from nerine.tables import table
-from nerine.tiny.data import SEEN, UNSEEN, prompt, style_set
+from nerine.tiny.data import SEEN, UNSEEN, Split, prompt, style_set
 from nerine.tiny.judge import Judge
 from nerine.tiny.load import load_pipeline
 from nerine.tiny.losses import denoising_loss, drop_prompts, held_out_loss
@@ -124,7 +125,7 @@ def run_demo(settings: DemoSettings, out: str | Path, progress: Progress | None 
     rows = {"base": _sample(pipeline, shown)}
 
     network = attach(pipeline.unet, settings.algorithm, generator=torch.Generator().manual_seed(settings.seed))
-    seconds = _train(pipeline, network, settings, progress)
+    seconds = _train(pipeline, network, settings, data.train, progress)
     adapter = folder / f"{settings.style}-{'dora-' if settings.dora else ''}{settings.algo}.safetensors"
     save(network, adapter, metadata={"nerine_demo": f"seed {settings.seed}, {settings.steps} steps"})
 
@@ -175,9 +176,10 @@ def _sample(pipeline: TinyPipeline, prompts: Sequence[str]) -> Tensor:
     return pictures
 
 
-def _train(pipeline: TinyPipeline, network: Network, settings: DemoSettings, progress: Progress | None) -> float:
+def _train(
+    pipeline: TinyPipeline, network: Network, settings: DemoSettings, data: Split, progress: Progress | None
+) -> float:
     """Train the adapters; returns the seconds it took."""
-    data = style_set(settings.style).train
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         states, empty = pipeline.encode(data.prompts), pipeline.encode([""])

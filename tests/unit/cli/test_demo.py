@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import nerine
 from nerine.tiny import load_pipeline
+from nerine.tiny.data import style_set
 from nerine.tiny.demo import ALGORITHMS, DemoSettings, _train
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -50,7 +51,7 @@ def test_the_same_seed_gives_the_same_bits(algo: str) -> None:
     for _ in range(2):
         pipeline = load_pipeline()
         network = nerine.attach(pipeline.unet, settings.algorithm, generator=torch.Generator().manual_seed(3))
-        _train(pipeline, network, settings, None)
+        _train(pipeline, network, settings, style_set(settings.style).train, None)
         states.append(network.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

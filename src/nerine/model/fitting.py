@@ -1,0 +1,168 @@
+"""`attach`: fresh adapters for the layers that rules choose, and the fitting of any adapters, fresh or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nerine.algorithms import Algorithm, Params
+from nerine.errors import OptionError, ShapeError
+from nerine.model.adapter import Adapter, Context, Noise, start
+from nerine.model.attach import check_free, put_on
+from nerine.model.fast_path import keep_from_fast_paths
+from nerine.model.layer import bias_name, is_affine
+from nerine.model.mount import Spot, adapters_of, mounts_of, weight_at
+from nerine.model.network import Network
+from nerine.model.reports import AttachReport
+from nerine.model.targets import Rule, Targets, find_targets
+
+__all__ = ["Fitting", "attach", "check_name", "fit_in"]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """An adapter about to be put on: where, what, and with which tensors."""
+
+    spot: Spot
+    algorithm: Algorithm
+    params: Params
+    lr: float | None = None
+    strength: float = 1.0
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Whether `name` can be given to new adapters of `model`.
+
+    Raises:
+        OptionError: it is empty, has a dot, is a word that torch keeps for itself, or is taken.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise OptionError(f"{name!r} cannot be the name of an adapter: use a word without dots, such as 'style'")
+    for holder in model.modules():
+        for mount in mounts_of(holder):
+            if name in dict(adapters_of(holder, mount)):
+                raise OptionError(
+                    f"{mount.path} already has an adapter called {name!r}; detach it first, or choose another name"
+                )
+
+
+def attach(
+    model: nn.Module,
+    what: Algorithm | Sequence[Rule],
+    *,
+    targets: Targets = "full",
+    train_norm: bool = False,
+    name: str = "default",
+    own: bool = True,
+    freeze: bool = True,
+    dropout: float = 0.0,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Network:
+    """Put fresh adapters on the layers of `model`; at first they change nothing.
+
+    `what` is an algorithm for all `targets`, or rules of which the first that matches a layer wins. `targets` is a
+    preset ("full": every Linear, Conv and attention block, "full-lin"), a pattern, a class, a predicate, or a list of
+    those. `train_norm` adds the scales and offsets of all norms. With
+    `own` the adapters are children of their layers and move with them; without, the host keeps them through the
+    Network. With `freeze` every other parameter of the model stops to require gradients (`detach` undoes it).
+    `generator` draws the initial values instead of torch's global one.
+
+    Raises:
+        TargetError: no layer matches, or two share a weight.
+        OptionError: a bad setting, or the name is taken. The model is untouched whenever an error is raised.
+    """
+    noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
+    check_name(model, name)
+    chosen, skipped = find_targets(model, what, targets, train_norm)
+    fittings = []
+    for target in chosen:
+        spot, rule = target.spot, target.rule
+        params = start(target.algorithm, spot.site, weight_at(spot.holder, spot).detach(), generator)
+        fittings.append(Fitting(spot, target.algorithm, params, rule.lr, rule.strength))
+    network, frozen = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
+    notes = {t.algorithm.design(t.spot.site).note for t in chosen} - {""}
+    notes |= {
+        f"shares its weight with {mount.shared_with}: {mount.path}"
+        for _, mount in network._mounts()
+        if mount.shared_with
+    }
+    if dropout:
+        notes |= {
+            f"dropout does not act on {mount.path}, whose module shows no output of its own"
+            for holder, mount in network._mounts()
+            if mount.site.opaque and not is_affine(holder)
+        }
+    rows = [
+        (mount.path, target.kind, str(adapter.algorithm), sum(p.numel() for p in adapter.parameters()))
+        for target, (_, mount, _, adapter) in zip(chosen, network.placed(), strict=True)
+    ]
+    network.report = AttachReport(tuple(rows), skipped, frozen, tuple(sorted(notes)))
+    return network
+
+
+def fit_in(
+    model: nn.Module, fittings: Sequence[Fitting], name: str, *, own: bool, freeze: bool, noise: Noise
+) -> tuple[Network, int]:
+    """Put the adapters on their layers and freeze the rest; returns the handle and how many parameters were frozen."""
+    context = Context()
+    ready = [
+        (
+            f.spot,
+            Adapter(
+                f.algorithm,
+                f.spot.site,
+                f.params,
+                noise=noise,
+                context=context,
+                strength=f.strength,
+                lr=f.lr,
+                where=f.spot.path,
+            ),
+        )
+        for f in fittings
+    ]
+    for spot, adapter in ready:
+        if (
+            adapter.algorithm.shift(adapter.params()) is not None
+            and bias_name(spot.attr) not in spot.holder._parameters
+        ):
+            raise ShapeError(f"{spot.path}: the adapter moves a bias, and this kind of layer has none")
+    check_free([spot for spot, _ in ready])
+    network = Network(model, [name])
+    if freeze:
+        others = {
+            id(p)
+            for holder in model.modules()
+            for m in mounts_of(holder)
+            for _, a in adapters_of(holder, m)
+            for p in a.parameters()
+        }
+        network._unfreeze = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
+        for parameter in network._unfreeze:
+            parameter.requires_grad_(False)
+    for spot, adapter in ready:
+        put_on(spot, name, adapter, own)
+    _note_shared(model)
+    keep_from_fast_paths(model)
+    return network, len(network._unfreeze)
+
+
+def _note_shared(model: nn.Module) -> None:
+    """Remember which adapted weights other modules have as well: those cannot be merged."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
+    for holder in model.modules():
+        for mount in mounts_of(holder):
+            same = holders[id(holder._parameters[mount.attr])]
+            own = mount.path if mount.attr != "weight" else f"{mount.path}.weight"
+            mount.shared_with = (
+                next((other for other in same if other != own.split("[")[0]), "") if len(same) > 1 else ""
+            )

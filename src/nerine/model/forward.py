@@ -1,0 +1,166 @@
+"""The forward of an adapted module, and the ways in which it computes: on another input, with another weight, beside.
+
+Each way is exact; the cheapest that loses nothing in the number format at hand is taken. `through_module` has those for
+weights that only their module can use.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nerine.algorithms import Call
+from nerine.model.adapter import Adapter, Drawn
+from nerine.model.layer import call_site, plain_forward
+from nerine.model.mount import USES, Mount, Use, adapters_of, bias_at, weight_at
+from nerine.model.sums import summed, summed_bias
+from nerine.model.through_module import through_module
+from nerine.ops.precision import compute_dtype, same_dtype
+from nerine.ops.recompute import contract
+from nerine.site import Site
+
+__all__ = ["adapted_forward"]
+
+
+def _active(holder: nn.Module, mount: Mount) -> list[Adapter]:
+    return [
+        a for name, a in adapters_of(holder, mount) if a.strength and name not in mount.off and name not in mount.merged
+    ]
+
+
+def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an adapted module; `before` is the instance's own forward from before, if it had one."""
+    uses: list[Use] = layer.__dict__[USES]
+    base = before if before is not None else functools.partial(type(layer).forward, layer)
+    found = [(holder, mount, _active(holder, mount)) for holder, mount in uses]
+    if not torch.compiler.is_compiling():  # a flag that changes would make the compiler start again
+        for _, mount in uses:
+            mount.has_run = True
+    if not any(active for *_, active in found):
+        return base(*args, **kwargs)
+    if any(mount.site.opaque for _, mount, _ in found):
+        return through_module(layer, base, found, args, kwargs)
+    if len(found) == 1 and found[0][1].rows is None:
+        _, mount, active = found[0]
+        y = _whole(layer, before, base, mount, active, args, kwargs)
+        return y if mount.site.kind != "embedding" else _without_padding(layer, y, _input_of(args, kwargs))
+    y = base(*args, **kwargs)
+    for holder, mount, active in found:
+        y = _on_rows(y, holder, mount, active, _input_of(args, kwargs))
+    return y
+
+
+def _whole(
+    layer: nn.Module,
+    before: Callable[..., Any] | None,
+    base: Callable[..., Any],
+    mount: Mount,
+    active: list[Adapter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A layer whose whole weight has adapters, by the cheapest of the ways that lose nothing."""
+    site = call_site(layer, mount.site, args, kwargs) if mount.site.kind == "transposed" else mount.site
+    x = _input_of(args, kwargs)
+    drawn = [(adapter, adapter(x)) for adapter in active]
+    alone = active[0] if len(active) == 1 else None
+    if _loses_nothing(x, weight_at(layer, mount), drawn):
+        if alone is not None:
+            y = _by_input(layer, base, mount, site, (alone, drawn[0][1]), args, kwargs)
+            if y is not None:
+                return y
+        if before is None and any(adapter.prefers_weight for adapter in active) and plain_forward(layer):
+            return _weight_path(layer, mount, site, drawn, x)
+    y = base(*args, **kwargs)
+    call = Call(site, x, y, bias_at(layer, mount), lambda: weight_at(layer, mount))
+    if alone is not None and alone.is_plain:
+        fresh, (_, (params, gate)) = before is None and plain_forward(layer), drawn[0]
+        y = alone.algorithm.output(params, replace(call, fresh=fresh, gate=gate))
+        shift = alone.algorithm.shift(params)
+        return y if shift is None else y + same_dtype(site.over_channels(shift), y)
+    for adapter, now in drawn:
+        y = y + same_dtype(_deviation(adapter, now, call), y)
+    return y
+
+
+def _by_input(
+    layer: nn.Module,
+    base: Callable[..., Any],
+    mount: Mount,
+    site: Site,
+    drawn: tuple[Adapter, Drawn],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """The layer's own forward on another input, where the adapter can act so; None where it cannot."""
+    (adapter, now), x = drawn, _input_of(args, kwargs)
+    strength = None if adapter.is_plain else functools.partial(adapter.call_strength, x)
+    weight = functools.partial(weight_at, layer, mount)
+    found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
+    if found is None:
+        return None
+    y: Tensor = base(found.x, *args[1:]) if args else base(**{**kwargs, next(iter(kwargs)): found.x})
+    shift = adapter.algorithm.shift(now.params)
+    if found.then is not None:
+        algorithm, p = found.then
+        y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, mount), weight)), y)
+    return y if shift is None else y + same_dtype(site.over_channels(shift), y)
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The activation, however it was passed."""
+    x: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+    return x
+
+
+def _without_padding(layer: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """No gradient flows from the padding token of an embedding, as in the embedding itself."""
+    padding = getattr(layer, "padding_idx", None)
+    return y if padding is None else torch.where((x == padding)[..., None], y.detach(), y)
+
+
+def _loses_nothing(x: Tensor, weight: Tensor, drawn: list[tuple[Adapter, Drawn]]) -> bool:
+    """Whether a changed weight or input may stand for the deviations.
+
+    Not in half precision, where a small deviation would vanish in the sum; not with dropout, which acts on it; and not
+    where the ranks that take part differ within the batch.
+    """
+    dtype = compute_dtype(x) if x.is_floating_point() else weight.dtype
+    full = dtype.itemsize >= 4
+    return full and not any(adapter.has_dropout or now.gate is not None for adapter, now in drawn)
+
+
+def _deviation(adapter: Adapter, now: Drawn, call: Call) -> Tensor:
+    """What one adapter adds to the output, with chance and strength."""
+    d = adapter.algorithm.deviation(now.params, replace(call, gate=now.gate))
+    shift = adapter.algorithm.shift(now.params)
+    if shift is not None:
+        d = d + same_dtype(call.site.over_channels(shift), d)
+    return adapter.weighted(d)
+
+
+def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], x: Tensor) -> Tensor:
+    """`y` with the deviations of adapters on some rows of the weight added to those outputs."""
+    if not active:
+        return y
+    start, stop = mount.rows or (0, mount.site.shape[0])
+    dim = y.dim() + mount.site.channel
+    part = y.narrow(dim, start, stop - start)
+    call = Call(mount.site, x, part, bias_at(holder, mount), lambda: weight_at(holder, mount))
+    changed = part
+    for adapter in active:
+        changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
+    return torch.cat([y.narrow(dim, 0, start), changed, y.narrow(dim, stop, y.shape[dim] - stop)], dim)
+
+
+def _weight_path(layer: nn.Module, mount: Mount, site: Site, drawn: list[tuple[Adapter, Drawn]], x: Tensor) -> Tensor:
+    """op(x, W + Σ strength·(W' - W)) + bias + Σ strength·shift, keeping nothing of the weight's size."""
+    shares = [(adapter, now.params, adapter.call_strength(x)) for adapter, now in drawn]
+    build, tensors = summed(shares)
+    bias = summed_bias(shares, bias_at(layer, mount))
+    return contract(site, x, build, [weight_at(layer, mount), *tensors], lambda x, *_: site.prepared(x), bias)

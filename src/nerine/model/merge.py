@@ -1,0 +1,78 @@
+"""Merging: adapters into the weight, as one sum in at least fp32 that is rounded once, and the exact bits back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nerine.errors import MergeError
+from nerine.model.mount import Mount, adapters_of, bias_at, weight_at, write
+from nerine.model.sums import Share, changed, summed_bias
+from nerine.ops.precision import full_precision, wide
+
+__all__ = ["changed_weight", "forget_original", "merge_layer", "unmerge_layer"]
+
+
+def changed_weight(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[Tensor, Tensor | None]:
+    """W + Σ strength·(W' - W) over the adapters `names`, as one sum in at least fp32; the bias likewise."""
+    weight, bias = wide(weight_at(holder, mount).detach()), bias_at(holder, mount)
+    bias = None if bias is None else wide(bias.detach())
+    with torch.no_grad(), full_precision(weight):
+        shares: list[Share] = []
+        for name, adapter in adapters_of(holder, mount):
+            if name in names and adapter.strength:
+                p = adapter.folded()
+                shares.append((adapter, p.filled(t.to(weight.device) for t in p.tensors.values()), adapter.strength))
+        return changed(weight, shares), summed_bias(shares, bias)
+
+
+def merge_layer(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[float, float]:
+    """Put the adapters `names` into the weight, rounded once; returns the largest and the relative rounding error.
+
+    Raises:
+        MergeError: one of them is merged already, another active adapter reads the weight, or another module shares it.
+    """
+    names = names & {name for name, _ in adapters_of(holder, mount)}
+    if mount.merged:
+        both = ", ".join(sorted(mount.merged))
+        raise MergeError(f"{mount.path}: {both} is merged already; unmerge before merging again")
+    if mount.shared_with:
+        raise MergeError(
+            f"{mount.path} shares its weight with {mount.shared_with}, which a merge would change as well; "
+            "give the two a weight of their own first, or leave the layer out"
+        )
+    others = sorted(n for n, a in adapters_of(holder, mount) if n not in names and n not in mount.off and a.strength)
+    if others:
+        raise MergeError(
+            f"{mount.path}: {', '.join(others)} is applied to the weight that would change under it; merge both "
+            "together with Network.of(model).merge(), or take it off first"
+        )
+    weight, bias = weight_at(holder, mount).detach(), bias_at(holder, mount)
+    exact, shifted = changed_weight(holder, mount, names)
+    rounded = exact.to(weight.dtype)
+    if not torch.isfinite(rounded).all():
+        raise MergeError(f"{mount.path}: the merged weight is not finite in {weight.dtype}; is the adapter damaged?")
+    step, error = exact - wide(weight), wide(rounded) - exact
+    mount.original = (weight.clone(), None if bias is None else bias.detach().clone())
+    write(holder, mount, rounded, shifted)
+    mount.merged = {name: a.strength for name, a in adapters_of(holder, mount) if name in names}
+    return float(error.abs().max()), float(error.norm() / step.norm().clamp_min(1e-30))
+
+
+def forget_original(mount: Mount) -> None:
+    """Make a merge final: the old bits are dropped."""
+    mount.original = None
+
+
+def unmerge_layer(holder: nn.Module, mount: Mount, names: set[str]) -> None:
+    """Give the weight back its exact bits.
+
+    Raises:
+        MergeError: it was merged without keeping them.
+    """
+    if not mount.merged or not (names & set(mount.merged)):
+        return
+    if mount.original is None:
+        raise MergeError(f"{mount.path}: it was merged with keep_original=False, so the original bits are gone")
+    write(holder, mount, *mount.original)
+    mount.merged, mount.original = {}, None

@@ -20,7 +20,7 @@ from nerine.algorithms.low_rank import LowRank
 from nerine.algorithms.norm import Norm
 from nerine.algorithms.oft_v2 import OFTv2
 from nerine.algorithms.tlora import TLoRA
-from nerine.axes import Layout, Spec
+from nerine.axes import Layout, Shape, Spec
 from nerine.errors import OptionError, nearest
 from nerine.site import Site
 
@@ -45,6 +45,7 @@ __all__ = [
     "OFTv2",
     "Params",
     "Sandwich",
+    "Shape",
     "Site",
     "Spec",
     "TLoRA",

@@ -13,7 +13,7 @@ from nerine.errors import OptionError, ShapeError
 from nerine.model.adapter import Adapter, Context, Noise, start
 from nerine.model.attach import check_free, put_on
 from nerine.model.fast_path import keep_from_fast_paths
-from nerine.model.layer import bias_name, is_affine
+from nerine.model.layer import bias_name
 from nerine.model.mount import Spot, adapters_of, mounts_of, weight_at
 from nerine.model.network import Network
 from nerine.model.reports import AttachReport
@@ -92,11 +92,8 @@ def attach(
         if mount.shared_with
     }
     if dropout:
-        notes |= {
-            f"dropout does not act on {mount.path}, whose module shows no output of its own"
-            for holder, mount in network._mounts()
-            if mount.site.opaque and not is_affine(holder)
-        }
+        closed = [f.spot.path for f in fittings if f.spot.caller is not None]
+        notes |= {f"dropout does not act on {path}, whose module shows no output of its own" for path in closed}
     rows = [
         (mount.path, target.kind, str(adapter.algorithm), sum(p.numel() for p in adapter.parameters()))
         for target, (_, mount, _, adapter) in zip(chosen, network.placed(), strict=True)

@@ -276,3 +276,22 @@ def test_an_output_size_is_the_layers_own() -> None:
     assert y.shape[-2:] == (8, 8)
     network.merge()
     close(layer(x, output_size=(8, 8)), y, "merged")
+
+
+def test_rows_that_overlap_are_refused() -> None:
+    """A merge of one would change what the other reads."""
+    model = nn.Sequential(nn.Linear(6, 12))
+    nerine.attach(model, [Rule("0", LoRA(rank=2), rows=(0, 6))], name="a")
+    for rows in ((4, 8), None):
+        with pytest.raises(OptionError, match="overlap: give adapters the same rows, or rows apart"):
+            nerine.attach(model, [Rule("0", LoRA(rank=2), rows=rows)], name="b")
+    assert nerine.Network.of(model).names == ("a",)
+    nerine.attach(model, [Rule("0", LoRA(rank=2), rows=(0, 6))], name="c")
+
+
+def test_dropout_that_cannot_act_is_in_the_report() -> None:
+    report = nerine.attach(SelfAttention(), LoRA(rank=2), dropout=0.1).report
+    assert report.notes == (
+        "dropout does not act on attn.in_proj_weight, whose module shows no output of its own",
+        "dropout does not act on attn.out_proj, whose module shows no output of its own",
+    )

@@ -118,7 +118,7 @@ class BOFT(Sandwich):
         if call.bias is None:
             return y
         bias = wide(call.bias)
-        return y + same_dtype(site.over_channels(bias - turned(bias, *p.tensors.values())), y)
+        return y + same_dtype(site.over_channels(bias - replay(turned, bias, *p.tensors.values())), y)
 
     def cost(self, site: Site, design: Design) -> int:
         return site.shape[0] * design.sizes["s"] * design.sizes["m"]

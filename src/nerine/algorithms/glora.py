@@ -15,8 +15,8 @@ from torch import Tensor
 from nerine.algorithms.base import FLOOR, Algorithm, Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Spec
-from nerine.ops.precision import full_precision, same_dtype
-from nerine.ops.recompute import over_wide
+from nerine.ops.precision import full_precision, same_dtype, wide
+from nerine.ops.recompute import over_wide, replay
 from nerine.ops.row_norm import low_rank_row_square, norm_from_square
 from nerine.site import Site
 
@@ -85,7 +85,11 @@ class GLoRA(Sandwich):
 
     def _ups(self, p: Params, weight: Tensor) -> tuple[Tensor, Tensor]:
         """W·a1 `[out, rank, *k]` and b1 `[out, rank]`, scale in both."""
-        first = over_wide(self._on_rank, weight, p.tensors["a1"] * p.scale)
+        a1 = p.tensors["a1"] * p.scale
+        if weight.dim() > 2:  # the product over taps would keep a reordered copy of the weight
+            first = replay(lambda weight, a1: self._on_rank(wide(weight), a1), weight, a1)
+        else:
+            first = over_wide(self._on_rank, weight, a1)
         return first, p.tensors["b1"].flatten(1) * p.scale
 
     def deviation(self, p: Params, call: Call) -> Tensor:

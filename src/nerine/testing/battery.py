@@ -419,12 +419,12 @@ def _new_tensors() -> Iterator[Callable[[], list[Tensor]]]:
 
 
 def check_memory(algorithm: Algorithm, layer: nn.Module, x: Tensor, limit: int) -> None:
-    """Nothing of `limit` or more values is kept for backward but the base weight itself."""
+    """Nothing of `limit` or more values is kept for backward but the base and the trained tensors themselves."""
     model = nn.Sequential(layer.requires_grad_(False))
     network = nerine.attach(model, algorithm, targets=nn.Module)
     stir(network)
     ((_, _, adapter),) = network.adapters()
-    base = layer.weight.untyped_storage().data_ptr()  # type: ignore[operator]
+    known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *network.state_dict().values())}
     for through_weight in (False, True):
         kept: list[Tensor] = []
 
@@ -436,7 +436,9 @@ def check_memory(algorithm: Algorithm, layer: nn.Module, x: Tensor, limit: int) 
             with path_of(adapter, through_weight), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 y = model(x)
             kept += living()  # those that closures hold
-        large = {(*t.shape, t.dtype) for t in kept if t.numel() >= limit and t.untyped_storage().data_ptr() != base}
+        large = {
+            (*t.shape, t.dtype) for t in kept if t.numel() >= limit and t.untyped_storage().data_ptr() not in known
+        }
         assert not large, f"{algorithm}, {'weight' if through_weight else 'factored'} path: kept {large}"
         y.sum().backward()
 

@@ -110,15 +110,21 @@ class BOFT(Sandwich):
         if call.y.dtype.itemsize < 4 or self._crosses_groups(p, site):
             return super().output(p, call)
 
-        def turned(t: Tensor, blocks: Tensor, *rescale: Tensor) -> Tensor:
-            y = butterfly(t, self._turns(p, blocks))
-            return y * same_dtype(rescale[0].reshape(-1), y) if rescale else y
+        bias = [] if call.bias is None else [call.bias]
 
-        y = site.channels_first(replay(turned, site.channels_last(call.y), *p.tensors.values()))
-        if call.bias is None:
-            return y
-        bias = wide(call.bias)
-        return y + same_dtype(site.over_channels(bias - replay(turned, bias, *p.tensors.values())), y)
+        def turned(t: Tensor, *values: Tensor) -> Tensor:
+            own = p.filled(values[len(bias) :])
+            turns = self._turns(own, own.tensors["blocks"])
+            gain = own.tensors["rescale"].reshape(-1) if "rescale" in own.tensors else None
+
+            def whole(t: Tensor) -> Tensor:
+                y = butterfly(t, turns)
+                return y if gain is None else y * same_dtype(gain, y)
+
+            y = whole(t)
+            return y + same_dtype(wide(values[0]) - whole(wide(values[0])), y) if bias else y
+
+        return site.channels_first(replay(turned, site.channels_last(call.y), *bias, *p.tensors.values()))
 
     def cost(self, site: Site, design: Design) -> int:
         return site.shape[0] * design.sizes["s"] * design.sizes["m"]

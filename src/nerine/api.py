@@ -16,7 +16,7 @@ from nerine.errors import FormatError, OptionError, nearest
 from nerine.files.checkpoint import Checkpoint, Record, SaveReport
 from nerine.files.dialects import DIALECTS
 from nerine.files.meta import write_meta
-from nerine.files.store import open_file, write_file
+from nerine.files.store import Source, open_file, write_file
 from nerine.model.adapter import Noise, check_strength
 from nerine.model.fitting import Fitting, check_name, fit_in
 from nerine.model.mount import weight_at
@@ -120,8 +120,10 @@ def load(
     check_strength(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
-    spots = every_spot(model, _rows_in(file))
-    checkpoint = _read(file, {path: spot.site for path, spot in spots.items()}, strict, algorithms=algorithms)
+    with open_file(file) as source:
+        spots = every_spot(model, _rows_in(source.keys))
+        sites = {path: spot.site for path, spot in spots.items()}
+        checkpoint = _read(source, sites, strict, algorithms=algorithms)
     fittings, notes = [], []
     for path, record in checkpoint.records.items():
         weight = weight_at(spots[path].holder, spots[path]).detach()
@@ -133,10 +135,9 @@ def load(
     return network
 
 
-def _rows_in(file: str | os.PathLike[str]) -> list[tuple[int, int]]:
-    """The row ranges of adapters on some rows of a weight, whose names in the file end in [start:stop]."""
-    with open_file(file) as source:
-        found = {match.groups() for key in source.keys for match in re.finditer(r"\[(\d+):(\d+)\]", key)}
+def _rows_in(keys: Iterable[str]) -> list[tuple[int, int]]:
+    """The row ranges of adapters on some rows of a weight, whose names in a file end in [start:stop]."""
+    found = {match.groups() for key in keys for match in re.finditer(r"\[(\d+):(\d+)\]", key)}
     return sorted((int(start), int(stop)) for start, stop in found)
 
 
@@ -148,15 +149,14 @@ def _completed(record: Record, weight: torch.Tensor) -> tuple[Params, str]:
 
 
 def _read(
-    file: str | os.PathLike[str],
+    source: Source,
     sites: Mapping[str, Site],
     strict: bool,
     wanted: Iterable[str] = (),
     algorithms: Sequence[type[Algorithm]] = (),
 ) -> Checkpoint:
-    """The checkpoint of a file; `wanted` layers that it lacks are reported as missing."""
-    with open_file(file) as source:
-        checkpoint = DIALECTS["lycoris"].knowing(algorithms).read(source, sites)
+    """The checkpoint of an open file; `wanted` layers that it lacks are reported as missing."""
+    checkpoint = DIALECTS["lycoris"].knowing(algorithms).read(source, sites)
     report = checkpoint.report.lacking(tuple(path for path in wanted if path not in checkpoint.records))
     if report.unmatched or report.missing:
         summary = (
@@ -183,7 +183,8 @@ def _resume(
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
     placed = {mount.path: (holder, mount, adapter) for holder, mount, _, adapter in network.placed()}
     sites = {path: adapter.site for path, (*_, adapter) in placed.items()}
-    checkpoint = _read(file, sites, strict, placed, algorithms)
+    with open_file(file) as source:
+        checkpoint = _read(source, sites, strict, placed, algorithms)
     found, notes = {}, []
     for path, record in checkpoint.records.items():
         holder, mount, adapter = placed[path]

@@ -115,10 +115,8 @@ class Site:
         return self._turned(weight) if self.kind == "transposed" else weight
 
     def native(self, weight: Tensor) -> Tensor:
-        """The way back from `canonical`."""
-        if self.flipped:
-            return weight.mT
-        return self._turned(weight) if self.kind == "transposed" else weight
+        """The way back from `canonical`; both exchange the same two axes."""
+        return self.canonical(weight)
 
     def _turned(self, weight: Tensor) -> Tensor:
         """Exchange the channels of a transposed convolution's weight, group by group."""

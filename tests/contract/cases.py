@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nerine.algorithms import REGISTRY, Algorithm, DoRA
+from nerine.algorithms import REGISTRY, Algorithm
+from nerine.testing.battery import around
 from nerine.testing.places import FEW, PLACES, TINY, Place, places_of
 
 __all__ = [
@@ -87,13 +88,6 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], ...]] = {
     ),
     "oft-v2": ({"block_size": 2}, {"block_size": 3, "terms": 0}),
 }
-
-
-def around(algorithm: Algorithm) -> tuple[Algorithm, ...]:
-    """`algorithm` plain, and with DoRA around it on either axis where it acts on weights of two axes."""
-    if algorithm.kinds == {"norm"}:
-        return (algorithm,)
-    return algorithm, DoRA(algorithm), DoRA(algorithm, axis="in")
 
 
 def _all(first_only: bool) -> tuple[Algorithm, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import nerine
 from nerine.algorithms import REGISTRY, Algorithm, DoRA, Params, build
 from nerine.files.meta import SEMANTICS
+from nerine.testing.battery import around
 
 FILE = Path(__file__).with_name("semantics-1.json")
 
@@ -60,7 +61,7 @@ def wave(shape: tuple[int, ...], phase: float) -> Tensor:
 
 def algorithms() -> list[Algorithm]:
     plain = [REGISTRY[name](**s) for name, variants in SETTINGS.items() for s in variants]
-    return [a for p in plain for a in ((p,) if p.kinds == {"norm"} else (p, DoRA(p), DoRA(p, axis="in")))]
+    return [a for p in plain for a in around(p)]
 
 
 def layers(algorithm: Algorithm) -> dict[str, Any]:

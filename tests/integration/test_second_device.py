@@ -145,6 +145,7 @@ import copy, itertools, os
 import nerine
 from nerine import BOFT, IA3, DiagOFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, OFTv2, TLoRA
 from nerine.algorithms import REGISTRY
+from nerine.testing.battery import around
 
 PLAIN = {
     "lora": [LoRA(rank=2, alpha=1.0), LoRA(rank=2, alpha=1.0, tucker=True, scalar=True)],
@@ -161,11 +162,7 @@ PLAIN = {
     "oft-v2": [OFTv2(block_size=2), OFTv2(block_size=2, terms=0)],
 }
 assert PLAIN.keys() == REGISTRY.keys()
-ALGORITHMS = [
-    w
-    for a in sum(PLAIN.values(), [])
-    for w in ((a,) if a.kinds == {"norm"} else (a, DoRA(a), DoRA(a, axis="in")))
-]
+ALGORITHMS = [w for a in sum(PLAIN.values(), []) for w in around(a)]
 NOISES = [{}, {"dropout": 0.2, "rank_dropout": 0.2, "module_dropout": 0.2}]
 
 def model_of():

@@ -5,8 +5,6 @@ Every deliberate difference has its own test, which asserts what LyCORIS does, w
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 import nerine
 from nerine import DoRA, LoHa, LoKr, LoRA
+from peers.stirred import stir
 
 lycoris = pytest.importorskip("lycoris", reason="needs lycoris-lora: pip install 'nerine[peers]'")
 
@@ -24,15 +23,6 @@ pytestmark = [pytest.mark.peers, pytest.mark.no_device_guard]
 CLOSE = 1e-5  # of the deviation's norm, in fp32
 
 INPUTS = {"lin": (3, 24), "conv": (2, 12, 5, 6), "one": (2, 12, 4, 3), "long": (2, 6, 9)}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("LyCORIS")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    yield
-    logger.setLevel(before)
 
 
 def model_of(*names: str) -> nn.ModuleDict:
@@ -51,13 +41,6 @@ def outputs(model: nn.ModuleDict) -> dict[str, Tensor]:
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in INPUTS.items()}
     with torch.no_grad():
         return {name: layer(inputs[name].to(layer.weight.dtype)) for name, layer in model.items()}
-
-
-def stir(parameters: Any) -> None:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in parameters:
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], base: dict[str, Tensor]) -> None:

@@ -5,7 +5,6 @@ A test named after a D-number shows what LyCORIS computes there (its number is a
 
 from __future__ import annotations
 
-import logging
 import operator
 import random
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import nerine
 from nerine.algorithms import BOFT, IA3, DiagOFT, DyLoRA, Full, GLoRA, Norm, Params, TLoRA
+from peers.stirred import stir
 
 lycoris = pytest.importorskip("lycoris", reason="needs lycoris-lora: pip install 'nerine[peers]'")
 
@@ -48,15 +48,6 @@ INPUTS = {
 }
 LAYERS = ("lin", "conv", "one", "long")
 GROUPED = (*LAYERS, "grouped")  # BOFT mixes the outputs of its two groups
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("LyCORIS")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    yield
-    logger.setLevel(before)
 
 
 def model_of(*names: str) -> nn.ModuleDict:
@@ -95,13 +86,6 @@ def both_faces(network: nerine.Network, model: nn.ModuleDict) -> Iterator[dict[s
         for *_, adapter in network.adapters():
             adapter.prefers_weight = prefers_weight
         yield outputs(model)
-
-
-def stir(parameters: Any) -> None:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in parameters:
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], base: dict[str, Tensor]) -> None:

@@ -146,8 +146,8 @@ class Algorithm(ABC):
     """A map of weights. Concrete algorithms are frozen dataclasses whose fields are the settings.
 
     *May* be overridden: `unsuited`, `start`, `start_of`, `draw`, `gate`, `penalty`, `shift`, `for_file`, `from_file`,
-    `complete`, `weight`, `output`, `changed_input`, `row_norm`, `size`, `cost`, `fit`, and `deviation` where there is a
-    faster form.
+    `complete`, `weight`, `output`, `acts_on_input`, `changed_input`, `row_norm`, `column_norm`, `size`, `cost`, `fit`,
+    and `deviation` where there is a faster form.
     """
 
     name: ClassVar[str]
@@ -183,7 +183,7 @@ class Algorithm(ABC):
         """Why these settings cannot act at `site`; empty where they can."""
         if site.kind in self.kinds:
             return ""
-        article = "an" if site.kind in ("embedding",) else "a"
+        article = "an" if site.kind == "embedding" else "a"
         return f"{type(self).__name__} does not act on {article} {site.kind} layer"
 
     def start_of(self, name: str, spec: Spec, design: Design) -> str:
@@ -309,22 +309,22 @@ class Algorithm(ABC):
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
         """Norms `[out]` of the rows of W', in at least fp32, differentiable."""
 
-        def rows(weight: Tensor, *values: Tensor) -> Tensor:
-            with full_precision(weight):
-                changed = self.weight(p.filled(values), weight)
-                return norm_from_square(row_square(changed), FLOOR)
-
-        return replay(rows, weight, *p.tensors.values())
+        return self._norms(p, weight, lambda changed: changed)
 
     def column_norm(self, p: Params, weight: Tensor) -> Tensor:
         """Norms `[in]` of the input channels of W', over outputs and taps, in at least fp32, differentiable."""
 
-        def columns(weight: Tensor, *values: Tensor) -> Tensor:
+        return self._norms(p, weight, lambda changed: changed.transpose(0, 1))
+
+    def _norms(self, p: Params, weight: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """Norms of the rows of a view of W', of which nothing is kept."""
+
+        def norms(weight: Tensor, *values: Tensor) -> Tensor:
             with full_precision(weight):
                 changed = self.weight(p.filled(values), weight)
-                return norm_from_square(row_square(changed.transpose(0, 1)), FLOOR)
+                return norm_from_square(row_square(view(changed)), FLOOR)
 
-        return replay(columns, weight, *p.tensors.values())
+        return replay(norms, weight, *p.tensors.values())
 
     def cost(self, site: Site, design: Design) -> int:
         """Multiply-adds of `deviation` for one output position; the default forms the dense product."""

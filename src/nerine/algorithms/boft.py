@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nerine.algorithms.base import Call, Design, Params, Sandwich
-from nerine.algorithms.diag_oft import RESCALE, turned_and_rescaled
+from nerine.algorithms.diag_oft import rotations, turned_and_rescaled
 from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_butterfly
 from nerine.axes import Layout, Spec
 from nerine.ops.butterfly import butterfly, butterfly_deviation
@@ -23,9 +23,7 @@ from nerine.site import Site
 __all__ = ["BOFT"]
 
 _BLOCKS = Spec("m n s s", "oft_blocks", init="zeros", carrier=True, gate="n")
-_LAYOUTS = tuple(
-    Layout({"blocks": _BLOCKS, **more}, ("out = n s",), alpha="constraint") for more in ({}, {"rescale": RESCALE})
-)
+_LAYOUTS = rotations(_BLOCKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +56,8 @@ class BOFT(Sandwich):
         return _LAYOUTS
 
     def unsuited(self, site: Site) -> str:
-        if not super().unsuited(site) and nearest_butterfly(site.shape[0], self.block_size) < 2:
-            return (
-                f"{site.shape[0]} outputs do not split into a power of two of blocks of a size near {self.block_size}"
-            )
-        return super().unsuited(site)
+        why = f"{site.shape[0]} outputs do not split into a power of two of blocks of a size near {self.block_size}"
+        return super().unsuited(site) or ("" if nearest_butterfly(site.shape[0], self.block_size) > 1 else why)
 
     def design(self, site: Site) -> Design:
         out = site.shape[0]

@@ -21,13 +21,19 @@ from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import replay
 from nerine.site import Site
 
-__all__ = ["DiagOFT", "turned_and_rescaled"]
+__all__ = ["DiagOFT", "rotations", "turned_and_rescaled"]
+
+
+def rotations(blocks: Spec) -> tuple[Layout, ...]:
+    """The layouts of a rotation of the outputs: without and with a factor of each output."""
+    rescale = Spec("out 1 *1", "rescale", init="ones")
+    return tuple(
+        Layout({"blocks": blocks, **more}, ("out = n s",), alpha="constraint") for more in ({}, {"rescale": rescale})
+    )
+
 
 _BLOCKS = Spec("n s s", "oft_blocks", init="zeros", carrier=True, gate="n")
-RESCALE = Spec("out 1 *1", "rescale", init="ones")
-_LAYOUTS = tuple(
-    Layout({"blocks": _BLOCKS, **more}, ("out = n s",), alpha="constraint") for more in ({}, {"rescale": RESCALE})
-)
+_LAYOUTS = rotations(_BLOCKS)
 
 
 def turned_and_rescaled(p: Params, t: Tensor, turned: Tensor) -> Tensor:
@@ -65,9 +71,8 @@ class DiagOFT(Sandwich):
         return _LAYOUTS
 
     def unsuited(self, site: Site) -> str:
-        if not super().unsuited(site) and nearest_divisor(site.shape[0], self.block_size) < 2:
-            return f"{site.shape[0]} outputs have no blocks of a size near {self.block_size}"
-        return super().unsuited(site)
+        why = f"{site.shape[0]} outputs have no blocks of a size near {self.block_size}"
+        return super().unsuited(site) or ("" if nearest_divisor(site.shape[0], self.block_size) > 1 else why)
 
     def design(self, site: Site) -> Design:
         size = nearest_divisor(site.shape[0], self.block_size)

@@ -56,9 +56,8 @@ class OFTv2(Sandwich):
         return (_LAYOUT,)
 
     def unsuited(self, site: Site) -> str:
-        if not super().unsuited(site) and nearest_divisor(site.flat, self.block_size) < 2:
-            return f"rows of {site.flat} inputs have no blocks of a size near {self.block_size}"
-        return super().unsuited(site)
+        why = f"rows of {site.flat} inputs have no blocks of a size near {self.block_size}"
+        return super().unsuited(site) or ("" if nearest_divisor(site.flat, self.block_size) > 1 else why)
 
     def design(self, site: Site) -> Design:
         size = nearest_divisor(site.flat, self.block_size)

@@ -80,38 +80,38 @@ class TLoRA(LowRank):
     def start(self, site: Site, weight: Tensor, rng: torch.Generator | None = None) -> Params:
         design = self.design(site)
         flat = wide(weight).flatten(1)
-        if self.init != "random":
-            return Params(self._directions(flat, design, self.init), design.scale)
-        rank, (out, inputs) = design.sizes["rank"], flat.shape
+        if self.init == "random":
+            found = self._random(flat, design.sizes["rank"], rng)
+        else:
+            found = self._singular(flat, design.sizes["rank"], self.init)
+        both = {**found, **{f"base_{name}": t for name, t in found.items()}}
+        shapes = design.shapes
+        return Params({name: t.reshape(shapes[name]).clone() for name, t in both.items()}, design.scale)
+
+    @staticmethod
+    def _random(flat: Tensor, rank: int, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """q, p and λ of orthogonal directions in the shape of `flat` `[out, in·Πk]`."""
+        out, inputs = flat.shape
         with full_precision(flat):
             p, q = (torch.linalg.qr(flat.new_empty((n, rank)).normal_(generator=rng))[0] for n in (out, inputs))
         size = (out**0.5 + inputs**0.5) / rank  # the largest singular value of random entries of σ = 1/rank
-        return Params(self._doubled({"q": q.mT, "p": p, "lambda": flat.new_full((rank,), size)}, design), design.scale)
+        return {"q": q.mT, "p": p, "lambda": flat.new_full((rank,), size)}
 
     @staticmethod
     @torch.no_grad()
-    def _directions(source: Tensor, design: Design, which: str) -> dict[str, Tensor]:
-        """All six tensors from singular directions of `source` `[out, in·Πk]`."""
-        rank = design.sizes["rank"]
-        with full_precision(source):
-            u, s, vh = torch.linalg.svd(source, full_matrices=False)
+    def _singular(flat: Tensor, rank: int, which: str) -> dict[str, Tensor]:
+        """q, p and λ of singular directions of `flat` `[out, in·Πk]`."""
+        with full_precision(flat):
+            u, s, vh = torch.linalg.svd(flat, full_matrices=False)
         first = {"principal": 0, "last": len(s) - rank, "middle": (len(s) - rank) // 2}[which]
         chosen = slice(first, first + rank)
-        return TLoRA._doubled({"q": vh[chosen], "p": u[:, chosen], "lambda": s[chosen]}, design)
-
-    @staticmethod
-    def _doubled(found: dict[str, Tensor], design: Design) -> dict[str, Tensor]:
-        """The three factors in their shapes, and once more as the base that is subtracted."""
-        base = {f"base_{name}": t for name, t in found.items()}
-        return {name: t.reshape(design.shapes[name]).clone() for name, t in {**found, **base}.items()}
+        return {"q": vh[chosen], "p": u[:, chosen], "lambda": s[chosen]}
 
     def complete(self, p: Params, weight: Tensor) -> tuple[Params, str]:
         if "base_q" in p.tensors:
             return p, ""
-        rank = p.tensors["q"].shape[0]
-        design = Design(_WHOLE, {**_sizes_of(weight), "rank": rank})
-        tensors = self._directions(wide(weight).flatten(1), design, "principal")
-        base = {name: t for name, t in tensors.items() if name in _BASE}
+        found = self._singular(wide(weight).flatten(1), p.tensors["q"].shape[0], "principal")
+        base = {f"base_{name}": t.reshape(p.tensors[name].shape).clone() for name, t in found.items()}
         return p.replaced(**base), "no base factors in the file: taken from the principal directions of this weight"
 
     def gate(self, p: Params, timestep: Tensor) -> Tensor:
@@ -137,7 +137,3 @@ class TLoRA(LowRank):
         up, base_up = (t[f"{of}p"].flatten(1) * t[f"{of}lambda"].reshape(1, -1) for of in ("", "base_"))
         up, down = from_base(up, t["q"], base_up, t["base_q"])
         return up * p.scale, down
-
-
-def _sizes_of(weight: Tensor) -> dict[str, int]:
-    return {"out": weight.shape[0], "in": weight.shape[1], **{f"k{i}": k for i, k in enumerate(weight.shape[2:])}}

@@ -7,6 +7,7 @@ call of the layer sees them. It knows no layer: it is handed activations.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,13 @@ def start(algorithm: Algorithm, site: Site, weight: Tensor, rng: torch.Generator
         return algorithm.start(site, weight, rng)
     each = [algorithm.start(site, w, rng) for w in weight]
     return Params({name: torch.stack([p.tensors[name] for p in each]) for name in each[0].tensors}, each[0].scale)
+
+
+def _by_expert(p: Params, weight: Tensor) -> Iterator[tuple[Params, Tensor]]:
+    """The tensors and the weight of each expert."""
+    each = zip(*(t.unbind(0) for t in p.tensors.values()), strict=True)
+    for tensors, one in zip(each, weight.unbind(0), strict=True):
+        yield p.filled(tensors), one
 
 
 class Adapter(nn.Module):
@@ -217,18 +225,14 @@ class Adapter(nn.Module):
         """W' - W for tensors `p` and a weight in at least fp32; expert by expert where the parameter holds several."""
         if not self.site.experts:
             return self.algorithm.weight_deviation(p, weight)
-        each = zip(*(t.unbind(0) for t in p.tensors.values()), strict=True)
-        return torch.stack(
-            [self.algorithm.weight_deviation(p.filled(ts), w) for ts, w in zip(each, weight.unbind(0), strict=True)]
-        )
+        return torch.stack([self.algorithm.weight_deviation(one, w) for one, w in _by_expert(p, weight)])
 
     def size(self, weight: Tensor) -> Tensor:
         """|W' - W| over all entries, 0-d."""
         p = self.folded()
         if not self.site.experts:
             return self.algorithm.size(p, weight)
-        each = zip(*(t.unbind(0) for t in p.tensors.values()), strict=True)
-        sizes = [self.algorithm.size(p.filled(ts), w) for ts, w in zip(each, weight.unbind(0), strict=True)]
+        sizes = [self.algorithm.size(one, w) for one, w in _by_expert(p, weight)]
         whole: Tensor = torch.linalg.vector_norm(torch.stack(sizes))
         return whole
 

@@ -8,6 +8,7 @@ instance attribute `forward`, inside the hooks of accelerate where there are any
 from __future__ import annotations
 
 import functools
+import itertools
 
 from torch import nn
 
@@ -26,13 +27,14 @@ def check_free(spots: list[Spot]) -> None:
     Raises:
         OptionError: two ranges of rows overlap without being the same: a merge of one changes what the other reads.
     """
-    taken = [(s.holder, s.attr, s.rows, s.path) for s in spots]
-    for holder in {id(s.holder): s.holder for s in spots}.values():
-        taken += [(holder, m.attr, m.rows, m.path) for m in mounts_of(holder)]
-    for i, (holder, attr, rows, path) in enumerate(taken):
-        for other, other_attr, other_rows, other_path in taken[:i]:
-            if holder is other and attr == other_attr and rows != other_rows and _overlap(rows, other_rows):
-                raise OptionError(f"{path} and {other_path} overlap: give adapters the same rows, or rows apart")
+    by_weight: dict[tuple[int, str], list[Spot | Mount]] = {}
+    for spot in spots:
+        there = by_weight.setdefault((id(spot.holder), spot.attr), [])
+        there += [spot] if there else [*(m for m in mounts_of(spot.holder) if m.attr == spot.attr), spot]
+    for there in by_weight.values():
+        for one, two in itertools.combinations(there, 2):
+            if one.rows != two.rows and _overlap(one.rows, two.rows):
+                raise OptionError(f"{two.path} and {one.path} overlap: give adapters the same rows, or rows apart")
 
 
 def _overlap(one: tuple[int, int] | None, two: tuple[int, int] | None) -> bool:
@@ -43,7 +45,7 @@ def put_on(spot: Spot, name: str, adapter: Adapter, own: bool) -> None:
     """Give the weight at `spot` the adapter `name`; a child beside the weight if `own`, else only referred to.
 
     Raises:
-        OptionError: there already is an adapter of that name, or one on some of the same rows.
+        OptionError: there already is an adapter of that name.
     """
     holder, caller = spot.holder, spot.caller or spot.holder
     mounts = holder.__dict__.setdefault(MOUNTS, {})

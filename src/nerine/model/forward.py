@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nerine.algorithms import Call
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import call_site, plain_forward
-from nerine.model.mount import USES, Mount, Use, adapters_of, bias_at, weight_at
+from nerine.model.mount import USES, Mount, Use, adapters_of, bias_at, dtype_at, weight_at
 from nerine.model.sums import summed, summed_bias
 from nerine.model.through_module import through_module
 from nerine.ops.precision import compute_dtype, same_dtype
@@ -69,7 +69,7 @@ def _whole(
     x = _input_of(args, kwargs)
     drawn = [(adapter, adapter(x)) for adapter in active]
     alone = active[0] if len(active) == 1 else None
-    if _loses_nothing(x, weight_at(layer, mount), drawn):
+    if _loses_nothing(x, dtype_at(layer, mount), drawn):
         if alone is not None:
             y = _by_input(layer, base, mount, site, (alone, drawn[0][1]), args, kwargs)
             if y is not None:
@@ -124,13 +124,13 @@ def _without_padding(layer: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     return y if padding is None else torch.where((x == padding)[..., None], y.detach(), y)
 
 
-def _loses_nothing(x: Tensor, weight: Tensor, drawn: list[tuple[Adapter, Drawn]]) -> bool:
+def _loses_nothing(x: Tensor, weight: torch.dtype, drawn: list[tuple[Adapter, Drawn]]) -> bool:
     """Whether a changed weight or input may stand for the deviations.
 
     Not in half precision, where a small deviation would vanish in the sum; not with dropout, which acts on it; and not
     where the ranks that take part differ within the batch.
     """
-    dtype = compute_dtype(x) if x.is_floating_point() else weight.dtype
+    dtype = compute_dtype(x) if x.is_floating_point() else weight
     full = dtype.itemsize >= 4
     return full and not any(adapter.has_dropout or now.gate is not None for adapter, now in drawn)
 

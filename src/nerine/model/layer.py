@@ -22,7 +22,6 @@ __all__ = [
     "ATTENTION",
     "bias_name",
     "call_site",
-    "is_affine",
     "is_layer",
     "kind_of",
     "layer_kind",
@@ -159,11 +158,6 @@ def plain_forward(module: nn.Module) -> bool:
         if isinstance(module, base):
             return kind.forward is base.forward  # type: ignore[attr-defined,unused-ignore]
     return _is_conv1d_of_gpt(module) or (isinstance(module, _NORMS) and any(kind.forward is b.forward for b in _NORMS))
-
-
-def is_affine(module: nn.Module) -> bool:
-    """Whether the output of `module` is an affine function of its weight: so for every layer, not for its owners."""
-    return is_layer(module)
 
 
 def site_of(module: nn.Module, where: str = "layer") -> Site:

@@ -25,6 +25,7 @@ __all__ = [
     "Use",
     "adapters_of",
     "bias_at",
+    "dtype_at",
     "mounts_of",
     "owned",
     "weight_at",
@@ -94,6 +95,12 @@ def weight_at(holder: nn.Module, mount: Mount | Spot) -> Tensor:
     """The weight `[out, in/groups, *k]` under a mount; a view of the module's own where there is one."""
     weight = mount.site.canonical(holder._parameters[mount.attr])  # type: ignore[arg-type]
     return weight if mount.rows is None else weight[mount.rows[0] : mount.rows[1]]
+
+
+def dtype_at(holder: nn.Module, mount: Mount) -> torch.dtype:
+    """The number format of that weight, without making anything of it."""
+    dtype: torch.dtype = holder._parameters[mount.attr].dtype  # type: ignore[union-attr]
+    return dtype
 
 
 def bias_at(holder: nn.Module, mount: Mount) -> Tensor | None:

@@ -14,6 +14,7 @@ from nerine.algorithms import Algorithm
 from nerine.errors import OptionError, TargetError, UnsupportedBase
 from nerine.model.adapter import Adapter, check_strength, start
 from nerine.model.layer import bias_name, is_layer, parameter_site, site_of
+from nerine.model.sums import changed
 from nerine.ops.precision import full_precision, same_dtype, wide
 
 __all__ = ["parametrize"]
@@ -34,8 +35,8 @@ class Changed(nn.Module):
         p = adapter(canonical).params
         with full_precision(canonical):
             base = wide(canonical)
-            changed = base + adapter.weight_deviation(p, base) * adapter.call_strength(base)
-        return same_dtype(adapter.site.native(changed), weight)
+            total = changed(base, [(adapter, p, adapter.call_strength(base))])
+        return same_dtype(adapter.site.native(total), weight)
 
 
 def parametrize(

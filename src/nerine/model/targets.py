@@ -90,10 +90,7 @@ def matches(match: Match, path: str, module: nn.Module) -> bool:
     if not isinstance(match, str):
         return bool(match(path, module))
     if match.startswith("re:"):
-        try:
-            return re.fullmatch(match[3:], path) is not None
-        except re.error as error:
-            raise OptionError(f"the pattern {match!r} is not a regular expression: {error}") from error
+        return _is_whole(match, path)
     wanted, names = match.split("."), path.split(".")
     return any(
         all(fnmatchcase(name, want) for name, want in zip(names[i:], wanted, strict=False))
@@ -101,10 +98,18 @@ def matches(match: Match, path: str, module: nn.Module) -> bool:
     )
 
 
+def _is_whole(pattern: str, path: str) -> bool:
+    """Whether the regular expression after "re:" is the whole path."""
+    try:
+        return re.fullmatch(pattern[3:], path) is not None
+    except re.error as error:
+        raise OptionError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
+
+
 def _ends_in(pattern: str, path: str) -> bool:
     """Whether a pattern means the last name of `path`, and not only something above it."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
+        return _is_whole(pattern, path)
     wanted = pattern.split(".")
     names = path.split(".")[-len(wanted) :]
     return len(names) == len(wanted) and all(map(fnmatchcase, names, wanted))
@@ -217,7 +222,7 @@ def find_targets(
         path, module = candidate.path, candidate.module
         if not any(matches(match, path, module) for match in wanted):
             continue
-        explicit = any(_is_explicit(match, path, module) for match in wanted) and not preset
+        explicit = not preset and any(_is_explicit(match, path, module) for match in wanted)
         found = [rule for rule in rules if matches(rule.match, path, module)]
         if train_norm and layer_kind(module) == "norm":
             found = [rule for rule in found if rule.algorithm is None or "norm" in rule.algorithm.kinds]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nerine.errors import OptionError
 from nerine.model.adapter import Adapter
-from nerine.model.layer import bias_name, is_affine, plain_forward
-from nerine.model.mount import Mount, bias_at, weight_at
+from nerine.model.layer import bias_name, is_layer, plain_forward
+from nerine.model.mount import Mount, bias_at, dtype_at, weight_at
 from nerine.model.sums import summed, summed_bias
 from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import replay
@@ -51,8 +51,9 @@ def through_module(
         raise OptionError(f"{found[0][1].path}: ranks that differ within a batch need a layer whose output is open")
     inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
     x = next(inputs, weight_at(found[0][0], found[0][1]))
-    half = any(weight_at(holder, mount).dtype.itemsize < 4 for holder, mount, _ in found)
-    if is_affine(layer) and (half or any(adapter.has_dropout for adapter in adapters)):
+    half = any(dtype_at(holder, mount).itemsize < 4 for holder, mount, _ in found)
+    is_affine = is_layer(layer)  # every layer is, in weight and bias; owners of parameters need not be
+    if is_affine and (half or any(adapter.has_dropout for adapter in adapters)):
         return _beside_module(layer, base, found[0][1], adapters, x, args, kwargs)
     values: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
     for holder, mount, active in found:
@@ -92,7 +93,7 @@ def _beside_module(
         shift = adapter.algorithm.shift(p)
         with full_precision(weight):
             change = adapter.weight_deviation(p, wide(weight))
-        d = own(change, none if shift is None else shift)
+        d = own(change, shift if shift is not None else none)
         d = d if empty is None else d - empty
         y = y + same_dtype(adapter.weighted(d), y)
     return y

@@ -443,6 +443,13 @@ def check_memory(algorithm: Algorithm, layer: nn.Module, x: Tensor, limit: int) 
         y.sum().backward()
 
 
+def around(algorithm: Algorithm) -> tuple[Algorithm, ...]:
+    """`algorithm` plain, and with DoRA around it on either axis where it acts on weights of two axes."""
+    if algorithm.kinds == {"norm"}:
+        return (algorithm,)
+    return algorithm, DoRA(algorithm), DoRA(algorithm, axis="in")
+
+
 # -- all of them -----------------------------------------------------------------------------------------------------
 def check_algorithm(algorithm: Algorithm, places: tuple[Place, ...] = PLACES) -> None:
     """Every contract, on each of `places` on which `algorithm` acts; also with DoRA around it where that makes sense.
@@ -450,8 +457,7 @@ def check_algorithm(algorithm: Algorithm, places: tuple[Place, ...] = PLACES) ->
     Raises:
         AssertionError: a contract is broken; the message names it, the algorithm and the layer.
     """
-    wrapped = [algorithm] if algorithm.kinds == {"norm"} else [algorithm, DoRA(algorithm), DoRA(algorithm, axis="in")]
-    for each in wrapped:
+    for each in around(algorithm):
         for place in places_of(each, places):
             check_faces(each, place)
             check_output(each, place)

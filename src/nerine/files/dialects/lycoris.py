@@ -26,6 +26,7 @@ from nerine.site import Site
 __all__ = ["Lycoris"]
 
 _ALPHA, _MAGNITUDE = "alpha", "dora_scale"
+Known = list[tuple[Algorithm, Layout]]
 
 
 def _known_layouts(others: Sequence[type[Algorithm]]) -> Iterator[tuple[Algorithm, Layout]]:
@@ -85,7 +86,8 @@ class Lycoris:
             ShapeError: a tensor does not fit its layer.
         """
         meta = read_meta(source.metadata, str(source.path), self.others)
-        suffixes = {key for _, layout in _known_layouts(self.others) for key in layout.keys} | {_ALPHA, _MAGNITUDE}
+        known = list(_known_layouts(self.others))
+        suffixes = {key for _, layout in known for key in layout.keys} | {_ALPHA, _MAGNITUDE}
         layers_of = candidates(sites, self.prefix)
         found: dict[str, dict[str, str]] = {}
         unmatched: dict[str, str] = {}
@@ -102,7 +104,7 @@ class Lycoris:
             raise FormatError(f"{_nothing_matched(source, unmatched, layers_of)}{_unknown(meta)}")
         records, rows = {}, []
         for path in (p for p in sites if p in found):
-            records[path], row = self._layer(source, path, sites[path], found[path], meta)
+            records[path], row = _layer(source, path, sites[path], found[path], meta, known)
             rows.append(row)
         here = {flatten(path) for path in records}
         missing = tuple(path for path in meta.layers if flatten(path) not in here)
@@ -110,33 +112,34 @@ class Lycoris:
         report = LoadReport(str(source.path), tuple(rows), unmatched, missing, notes)
         return Checkpoint(records, meta, report)
 
-    def _layer(
-        self, source: Source, path: str, site: Site, keys: Mapping[str, str], meta: Meta
-    ) -> tuple[Record, LoadRow]:
-        told = meta.layers.get(path)
-        algorithm, layout, notes = _recognise(path, site, keys, source, meta, self.others)
-        tensors = {name: _floats(source, keys[spec.key]) for name, spec in layout.specs.items()}
-        if _MAGNITUDE in keys:
-            hint = told.axis if isinstance(told, DoRA) else ""
-            magnitude = _floats(source, keys[_MAGNITUDE])
-            axis, note = _axis(path, _shape(magnitude.shape, site), site, hint)
-            notes += [note] if note else []
-            algorithm = DoRA(algorithm, axis=axis)
-            lead = magnitude.shape[:1] if site.experts else ()
-            tensors = {"magnitude": magnitude.reshape(*lead, *_magnitude_shape(axis, site)), **tensors}
-            layout = algorithm.layout_of(tensors)
-        if told is not None and set(tensors) in [set(known.specs) for known in told.layouts]:
-            algorithm = told if not isinstance(told, DoRA) or told.axis == getattr(algorithm, "axis", "") else algorithm
-        tensors = {name: _fit_ones(layout.specs[name], t, site) for name, t in tensors.items()}
-        sizes = bind(layout, {name: _shape(t.shape, site) for name, t in tensors.items()}, site.sizes, path)
-        if 0 in sizes.values():
-            raise ShapeError(f"{path}: a tensor of the file has no elements ({', '.join(keys.values())})")
-        scale, note = _scale(path, source, keys.get(_ALPHA), layout, sizes)
+
+def _layer(
+    source: Source, path: str, site: Site, keys: Mapping[str, str], meta: Meta, known: Known
+) -> tuple[Record, LoadRow]:
+    told = meta.layers.get(path)
+    algorithm, layout, notes = _recognise(path, site, keys, source, meta, known)
+    tensors = {name: _floats(source, keys[spec.key]) for name, spec in layout.specs.items()}
+    if _MAGNITUDE in keys:
+        hint = told.axis if isinstance(told, DoRA) else ""
+        magnitude = _floats(source, keys[_MAGNITUDE])
+        axis, note = _axis(path, _shape(magnitude.shape, site), site, hint)
         notes += [note] if note else []
-        shown = str(algorithm) if told is not None else _bare_name(algorithm)
-        row = LoadRow(path, shown, sizes.get("rank"), scale, "; ".join(notes))
-        params = Params(tensors, scale)
-        return Record(algorithm, site, params if told is None else algorithm.from_file(params)), row
+        algorithm = DoRA(algorithm, axis=axis)
+        lead = magnitude.shape[:1] if site.experts else ()
+        tensors = {"magnitude": magnitude.reshape(*lead, *_magnitude_shape(axis, site)), **tensors}
+        layout = algorithm.layout_of(tensors)
+    if told is not None and set(tensors) in [set(known.specs) for known in told.layouts]:
+        algorithm = told if not isinstance(told, DoRA) or told.axis == getattr(algorithm, "axis", "") else algorithm
+    tensors = {name: _fit_ones(layout.specs[name], t, site) for name, t in tensors.items()}
+    sizes = bind(layout, {name: _shape(t.shape, site) for name, t in tensors.items()}, site.sizes, path)
+    if 0 in sizes.values():
+        raise ShapeError(f"{path}: a tensor of the file has no elements ({', '.join(keys.values())})")
+    scale, note = _scale(path, source, keys.get(_ALPHA), layout, sizes)
+    notes += [note] if note else []
+    shown = str(algorithm) if told is not None else _bare_name(algorithm)
+    row = LoadRow(path, shown, sizes.get("rank"), scale, "; ".join(notes))
+    params = Params(tensors, scale)
+    return Record(algorithm, site, params if told is None else algorithm.from_file(params)), row
 
 
 def _shape(shape: tuple[int, ...], site: Site) -> tuple[int, ...]:
@@ -176,11 +179,10 @@ def _recognise(
     keys: Mapping[str, str],
     source: Source,
     meta: Meta,
-    others: Sequence[type[Algorithm]],
+    known: Known,
 ) -> tuple[Algorithm, Layout, list[str]]:
     """The algorithm and layout whose tensors are exactly those of the file, by key and then by shape; notes on that."""
     own = set(keys) - {_ALPHA, _MAGNITUDE}
-    known = list(_known_layouts(others))
     by_key = [(a, layout) for a, layout in known if layout.keys == own and _marks_agree(layout, keys, source)]
     if not by_key:
         raise FormatError(f"{_no_such_set(path, own, known, source)}{_unknown(meta)}")
@@ -211,7 +213,7 @@ def _fits(layout: Layout, site: Site, keys: Mapping[str, str], source: Source, p
     return True
 
 
-def _no_such_set(path: str, own: set[str], known: list[tuple[Algorithm, Layout]], source: Source) -> str:
+def _no_such_set(path: str, own: set[str], known: Known, source: Source) -> str:
     algorithm, layout = max(known, key=lambda pair: (len(pair[1].keys & own), -len(pair[1].keys)))
     lacking, extra = sorted(layout.keys - own), sorted(own - layout.keys)
     return (

@@ -19,7 +19,7 @@ from nerine.files.meta import write_meta
 from nerine.files.store import Source, open_file, write_file
 from nerine.model.adapter import Noise, check_strength
 from nerine.model.fitting import Fitting, check_name, fit_in
-from nerine.model.mount import weight_at
+from nerine.model.mount import original_at, settle, weight_at
 from nerine.model.network import Network
 from nerine.model.targets import every_spot
 from nerine.site import Site
@@ -68,7 +68,8 @@ def save(
 def _records(network: Network) -> dict[str, Record]:
     records = {}
     for holder, mount, _, adapter in network.placed():
-        base = weight_at(holder, mount) if mount.original is None else mount.original[0]
+        settle(holder, mount)
+        base = original_at(holder, mount)
         with torch.no_grad():
             p = adapter.folded()
             if not adapter.site.experts:

@@ -6,10 +6,12 @@ call of the layer sees them. It knows no layer: it is handed activations.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from nerine.algorithms import Algorithm, Design, Params, prefers_weight
 from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
+from nerine.model.offload import computes_on, unhook
 from nerine.site import Site
 
 __all__ = ["Adapter", "Context", "Drawn", "Noise", "check_strength", "start"]
@@ -78,6 +81,26 @@ def _by_expert(p: Params, weight: Tensor) -> Iterator[tuple[Params, Tensor]]:
         yield p.filled(tensors), one
 
 
+def _bring_grad_home(parameter: Tensor) -> None:
+    """Move a gradient to its parameter, which an engine may have moved between forward and backward."""
+    grad = parameter.grad
+    if grad is not None and grad.device != parameter.device:
+        parameter.grad = None
+        parameter.grad = grad.to(parameter.device)
+
+
+def _moved(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """What `Module.to` and its kin make of a tensor, in the number format that it has.
+
+    Real values survive `to_empty` as well, for no checkpoint of the base has them.
+    """
+    probe = t.new_empty(0)
+    there = fn(probe)
+    if there is probe:  # done in place, or nothing to do
+        return fn(t)
+    return torch.empty_like(t, device=there.device) if t.is_meta and not there.is_meta else t.to(there.device)
+
+
 class Adapter(nn.Module):
     """The parameters of one algorithm at one layer, under their canonical names ("up", "w1_a", "magnitude", ...).
 
@@ -96,6 +119,7 @@ class Adapter(nn.Module):
         strength: float = 1.0,
         lr: float | None = None,
         where: str = "layer",
+        belongs: bool = False,
     ) -> None:
         super().__init__()
         self.algorithm = algorithm
@@ -106,7 +130,10 @@ class Adapter(nn.Module):
         self.strength = float(strength)
         self.lr = lr
         self.where = where
+        self.belongs = belongs
         self.names = tuple(params.tensors)
+        self.pending = ""
+        self._first: weakref.WeakValueDictionary[str, nn.Parameter] = weakref.WeakValueDictionary()
         layout = algorithm.layout_of(params.tensors)
         for name, tensor in params.tensors.items():
             if name == "scalar" or layout.specs[name].trained:
@@ -121,6 +148,9 @@ class Adapter(nn.Module):
         if self.noise.rank_dropout and not self.gates:
             raise OptionError(f"{where}: {algorithm} names no axis along which ranks could be dropped (rank_dropout)")
         self.prefers_weight = prefers_weight(algorithm.cost(site, Design(layout, sizes)), site.dense)
+        if any(t.is_meta for t in params.tensors.values()):
+            self.pending = "start"
+        self._watch(*self._parameters)
         self.has_gate = getattr(algorithm, "inner", algorithm).__class__.gate is not Algorithm.gate
 
     def params(self) -> Params:
@@ -152,10 +182,96 @@ class Adapter(nn.Module):
         """Copy `params` into these tensors; a learned scalar becomes one, for it is in the carrier already."""
         with torch.no_grad():
             for name, t in params.tensors.items():
-                getattr(self, name).copy_(t)
+                own = getattr(self, name)
+                self.put(name, t.to(own.dtype) if own.is_meta else t.to(own.device, own.dtype))
+            self.pending = "place" if self.pending else ""
             if "scalar" in self.names:
                 getattr(self, "scalar").fill_(1.0)  # noqa: B009
         self.scale = float(params.scale)
+
+    # -- where it is ---------------------------------------------------------------------------------------------
+    def _watch(self, *names: str) -> None:
+        """Keep gradients where their parameters are, and remember the parameters that an optimiser may hold."""
+        for name in names:
+            parameter = self._parameters[name]
+            assert parameter is not None
+            self._first[name] = parameter
+            parameter.register_post_accumulate_grad_hook(_bring_grad_home)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_first"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._first = weakref.WeakValueDictionary()
+        self._watch(*self._parameters)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Go where the layer goes, but stay in the own number format: a base that is cast, once or for every call,
+        must not round what is trained. `cast` and the methods of `Network` change the format."""
+        super()._apply(functools.partial(_moved, fn), recurse)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        """Move, and cast as well where a dtype is given: said of the adapter itself it is meant."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        moved = self if device is None else super().to(device)
+        return moved if dtype is None else moved.cast(dtype)
+
+    def cast(self, dtype: torch.dtype) -> Adapter:
+        """Change the number format of its tensors."""
+        super()._apply(lambda t: t.to(dtype))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        device: torch.device = getattr(self, self.names[0]).device
+        return device
+
+    def place(self, device: torch.device) -> None:
+        """Move the tensors, if they are elsewhere."""
+        if any(getattr(self, name).device != device for name in self.names):
+            self.to(device)
+
+    def settle(self, fresh: Params | None, device: torch.device) -> None:
+        """Take values that had to wait for a real weight, on its device."""
+        for name in self.names:
+            own = getattr(self, name)
+            value = own if fresh is None else fresh.tensors[name]
+            self.put(name, value.detach().to(device, own.dtype))
+        self.pending = ""
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Copy values into the tensor `name`; one that has no memory yet gets it."""
+        own = getattr(self, name)
+        if not own.is_meta and own.device == value.device:
+            with torch.no_grad():
+                own.copy_(value)
+        elif name in self._parameters:
+            self._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=own.requires_grad)
+            self._watch(name)
+        else:
+            self._buffers[name] = value.contiguous()
+
+    def reclaim(self) -> None:
+        """Take the tensors back from an engine that handles the adapter as one more layer of the model.
+
+        accelerate puts other parameters in the place of those that it moves; the first ones, which an optimiser may
+        hold, return.
+        """
+        device = computes_on(self)
+        values = unhook(self)
+        for name in self.names:
+            value = values.get(name, getattr(self, name)).detach()
+            first = self._first.get(name)
+            if first is not None:
+                first.data = value
+                self._parameters[name] = first
+            elif getattr(self, name).is_meta:
+                self.put(name, value)
+        if device is not None:
+            self.place(device)
 
     # -- one call ------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor) -> Drawn:

@@ -18,6 +18,7 @@ from nerine.model.mount import Spot, adapters_of, mounts_of, weight_at
 from nerine.model.network import Network
 from nerine.model.reports import AttachReport
 from nerine.model.targets import Rule, Targets, find_targets
+from nerine.ops.precision import full_precision
 
 __all__ = ["Fitting", "attach", "check_name", "fit_in"]
 
@@ -82,7 +83,9 @@ def attach(
     fittings = []
     for target in chosen:
         spot, rule = target.spot, target.rule
-        params = start(target.algorithm, spot.site, weight_at(spot.holder, spot).detach(), generator)
+        weight = weight_at(spot.holder, spot).detach()
+        with full_precision(weight):
+            params = start(target.algorithm, spot.site, weight, generator)
         fittings.append(Fitting(spot, target.algorithm, params, rule.lr, rule.strength))
     network, frozen = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
     notes = {t.algorithm.design(t.spot.site).note for t in chosen} - {""}
@@ -119,6 +122,7 @@ def fit_in(
                 strength=f.strength,
                 lr=f.lr,
                 where=f.spot.path,
+                belongs=own,
             ),
         )
         for f in fittings

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from nerine.algorithms import Call
+from nerine.errors import DeviceError
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import call_site, plain_forward
-from nerine.model.mount import USES, Mount, Use, adapters_of, bias_at, dtype_at, weight_at
+from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, settle
 from nerine.model.sums import summed, summed_bias
 from nerine.model.through_module import through_module
 from nerine.ops.precision import compute_dtype, same_dtype
@@ -28,9 +29,37 @@ __all__ = ["adapted_forward"]
 
 
 def _active(holder: nn.Module, mount: Mount) -> list[Adapter]:
-    return [
+    found = [
         a for name, a in adapters_of(holder, mount) if a.strength and name not in mount.off and name not in mount.merged
     ]
+    if any(adapter.pending for adapter in found):
+        settle(holder, mount)
+    return found
+
+
+def _check_places(is_plain: bool, found: list[tuple[nn.Module, Mount, list[Adapter]]], x: Any) -> None:
+    """Whether the input, the weight and the adapters are where they can work together.
+
+    A layer whose forward is not that of its class may move its own weight. Adapters that a host owns come along.
+
+    Raises:
+        DeviceError: they are on different devices.
+    """
+    if not isinstance(x, Tensor):
+        return
+    for holder, mount, active in found:
+        weight: Tensor = holder._parameters[mount.attr]  # type: ignore[assignment]
+        if weight.device != x.device and is_plain:
+            does = "load its weights" if weight.is_meta else f'call model.to("{x.device}")'
+            raise DeviceError(
+                f"{mount.path}: the weight is on {weight.device} and its input on {x.device}: {does} first"
+            )
+        for adapter in active:
+            if adapter.belongs and adapter.device != x.device == weight.device:
+                raise DeviceError(
+                    f"{mount.path}: its adapter is on {adapter.device}, the weight and its input on {x.device}: "
+                    f'call network.to("{x.device}"), or move the model as a whole, with its adapters'
+                )
 
 
 def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -43,6 +72,7 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
             mount.has_run = True
     if not any(active for *_, active in found):
         return base(*args, **kwargs)
+    _check_places(before is None and plain_forward(layer), found, _input_of(args, kwargs))
     if any(mount.site.opaque for _, mount, _ in found):
         return through_module(layer, base, found, args, kwargs)
     if len(found) == 1 and found[0][1].rows is None:
@@ -77,12 +107,19 @@ def _whole(
         if before is None and any(adapter.prefers_weight for adapter in active) and plain_forward(layer):
             return _weight_path(layer, mount, site, drawn, x)
     y = base(*args, **kwargs)
-    call = Call(site, x, y, bias_at(layer, mount), lambda: weight_at(layer, mount))
-    if alone is not None and alone.is_plain:
-        fresh, (_, (params, gate)) = before is None and plain_forward(layer), drawn[0]
-        y = alone.algorithm.output(params, replace(call, fresh=fresh, gate=gate))
-        shift = alone.algorithm.shift(params)
-        return y if shift is None else y + same_dtype(site.over_channels(shift), y)
+    weight = Weight(layer, mount, x.device)
+    with weight.unkept():
+        return _beside(layer, before is None, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
+
+
+def _beside(layer: nn.Module, is_own: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
+    """The layer's output `y` with the deviations of all adapters added."""
+    (first, (params, gate)), *others = drawn
+    if not others and first.is_plain:
+        fresh = is_own and plain_forward(layer)
+        y = first.algorithm.output(params, replace(call, fresh=fresh, gate=gate))
+        shift = first.algorithm.shift(params)
+        return y if shift is None else y + same_dtype(call.site.over_channels(shift), y)
     for adapter, now in drawn:
         y = y + same_dtype(_deviation(adapter, now, call), y)
     return y
@@ -100,15 +137,17 @@ def _by_input(
     """The layer's own forward on another input, where the adapter can act so; None where it cannot."""
     (adapter, now), x = drawn, _input_of(args, kwargs)
     strength = None if adapter.is_plain else functools.partial(adapter.call_strength, x)
-    weight = functools.partial(weight_at, layer, mount)
-    found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
+    weight = Weight(layer, mount, x.device)
+    with weight.unkept():
+        found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
     if found is None:
         return None
     y: Tensor = base(found.x, *args[1:]) if args else base(**{**kwargs, next(iter(kwargs)): found.x})
     shift = adapter.algorithm.shift(now.params)
     if found.then is not None:
         algorithm, p = found.then
-        y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, mount), weight)), y)
+        with weight.unkept():
+            y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, mount), weight)), y)
     return y if shift is None else y + same_dtype(site.over_channels(shift), y)
 
 
@@ -151,10 +190,12 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     start, stop = mount.rows or (0, mount.site.shape[0])
     dim = y.dim() + mount.site.channel
     part = y.narrow(dim, start, stop - start)
-    call = Call(mount.site, x, part, bias_at(holder, mount), lambda: weight_at(holder, mount))
+    weight = Weight(holder, mount, x.device)
+    call = Call(mount.site, x, part, bias_at(holder, mount), weight)
     changed = part
-    for adapter in active:
-        changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
+    with weight.unkept():
+        for adapter in active:
+            changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
     return torch.cat([y.narrow(dim, 0, start), changed, y.narrow(dim, stop, y.shape[dim] - stop)], dim)
 
 
@@ -163,4 +204,4 @@ def _weight_path(layer: nn.Module, mount: Mount, site: Site, drawn: list[tuple[A
     shares = [(adapter, now.params, adapter.call_strength(x)) for adapter, now in drawn]
     build, tensors = summed(shares)
     bias = summed_bias(shares, bias_at(layer, mount))
-    return contract(site, x, build, [weight_at(layer, mount), *tensors], lambda x, *_: site.prepared(x), bias)
+    return contract(site, x, build, [Weight(layer, mount, x.device)(), *tensors], lambda x, *_: site.prepared(x), bias)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nerine.algorithms import Algorithm, Params
-from nerine.errors import FormatError, OptionError, nearest
+from nerine.errors import DeviceError, FormatError, OptionError, nearest
 from nerine.files.checkpoint import Checkpoint, Record, SaveReport
 from nerine.files.dialects import DIALECTS
 from nerine.files.meta import write_meta
@@ -21,6 +21,7 @@ from nerine.model.adapter import Noise, check_strength
 from nerine.model.fitting import Fitting, check_name, fit_in
 from nerine.model.mount import original_at, settle, weight_at
 from nerine.model.network import Network
+from nerine.model.offload import present
 from nerine.model.targets import every_spot
 from nerine.site import Site
 from nerine.version import __version__
@@ -58,7 +59,8 @@ def save(
     for key, value in other.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in ("nerine", "format"):
             raise OptionError(f"metadata is text to text and not 'nerine' or 'format', got {key!r}: {value!r}")
-    records = _records(network)
+    with present(network.model):
+        records = _records(network)
     tensors = DIALECTS[dialect].write(records, dtype)
     meta = write_meta({path: record.algorithm for path, record in records.items()}, __version__, other)
     size = write_file(file, tensors, meta)
@@ -69,11 +71,15 @@ def _records(network: Network) -> dict[str, Record]:
     records = {}
     for holder, mount, _, adapter in network.placed():
         settle(holder, mount)
-        base = original_at(holder, mount)
+        if adapter.pending == "start":
+            raise DeviceError(
+                f"{mount.path}: the base is on meta, so its adapter has no values yet; load its weights first"
+            )
+        base = original_at(holder, mount).detach()
         with torch.no_grad():
             p = adapter.folded()
             if not adapter.site.experts:
-                p = adapter.algorithm.for_file(p, base.detach())
+                p = adapter.algorithm.for_file(p.filled(t.to(base.device) for t in p.tensors.values()), base)
         records[mount.path] = Record(adapter.algorithm, adapter.site, p.filled(t.detach() for t in p.tensors.values()))
     return records
 
@@ -126,11 +132,12 @@ def load(
         sites = {path: spot.site for path, spot in spots.items()}
         checkpoint = _read(source, sites, strict, algorithms=algorithms)
     fittings, notes = [], []
-    for path, record in checkpoint.records.items():
-        weight = weight_at(spots[path].holder, spots[path]).detach()
-        params, note = _completed(record, weight)
-        notes += [f"{path}: {note}"] if note else []
-        fittings.append(Fitting(spots[path], record.algorithm, _placed(params, weight), strength=strength))
+    with present(model):
+        for path, record in checkpoint.records.items():
+            weight = weight_at(spots[path].holder, spots[path]).detach()
+            params, note = _completed(record, weight)
+            notes += [f"{path}: {note}"] if note else []
+            fittings.append(Fitting(spots[path], record.algorithm, _placed(params, weight), strength=strength))
     network, _ = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
     network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))
     return network
@@ -174,7 +181,8 @@ def _read(
 def _placed(params: Params, weight: torch.Tensor) -> Params:
     """Tensors on the device of their layer, in the format in which a fresh adapter would be."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return params.filled(t.to(device=weight.device, dtype=dtype) for t in params.tensors.values())
+    device = "cpu" if weight.is_meta else weight.device  # on meta the values would be lost
+    return params.filled(t.to(device=device, dtype=dtype) for t in params.tensors.values())
 
 
 def _resume(

@@ -48,9 +48,17 @@ class Noise:
 
 @dataclass
 class Context:
-    """What all adapters of a network are told about a step: the timesteps of its batch, 0-d or `[batch]`."""
+    """What all adapters of a network share: the timesteps of the batch, 0-d or `[batch]`, and whose adapters they are.
+
+    `looks` counts how often the model was searched for engines that move its weights, when an adapter had moved.
+    """
 
     timestep: Tensor | None = None
+    model: weakref.ref[nn.Module] | None = None
+    looks: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None}  # a copy of the adapters belongs to a copy of the model
 
 
 class Drawn(NamedTuple):
@@ -82,11 +90,23 @@ def _by_expert(p: Params, weight: Tensor) -> Iterator[tuple[Params, Tensor]]:
 
 
 def _bring_grad_home(parameter: Tensor) -> None:
-    """Move a gradient to its parameter, which an engine may have moved between forward and backward."""
+    """Move a gradient to its parameter, which an engine may have moved between forward and backward.
+
+    The next one will come from that other device again, and then this one has to meet it there.
+    """
     grad = parameter.grad
-    if grad is not None and grad.device != parameter.device:
-        parameter.grad = None
-        parameter.grad = grad.to(parameter.device)
+    if grad is None or grad.device == parameter.device:
+        return
+    parameter.grad = None
+    parameter.grad = grad.to(parameter.device)
+    if not parameter._backward_hooks:
+
+        def meet(new: Tensor) -> None:
+            own = parameter.grad
+            if own is not None and own.device != new.device:
+                own.data = own.data.to(new.device)
+
+        parameter.register_hook(meet)
 
 
 def _moved(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -133,6 +153,7 @@ class Adapter(nn.Module):
         self.belongs = belongs
         self.names = tuple(params.tensors)
         self.pending = ""
+        self._seen_at = 0
         self._first: weakref.WeakValueDictionary[str, nn.Parameter] = weakref.WeakValueDictionary()
         layout = algorithm.layout_of(params.tensors)
         for name, tensor in params.tensors.items():
@@ -228,6 +249,14 @@ class Adapter(nn.Module):
         """Where its tensors are."""
         device: torch.device = getattr(self, self.names[0]).device
         return device
+
+    def has_moved(self) -> bool:
+        """Whether the tensors have gone elsewhere since this was asked; never for those of distributed engines."""
+        first = next(iter(self._parameters.values()))
+        if type(first) is not nn.Parameter or torch.compiler.is_compiling():
+            return False
+        before, self._seen_at = self._seen_at, first.data_ptr()
+        return before != self._seen_at
 
     def place(self, device: torch.device) -> None:
         """Move the tensors, if they are elsewhere."""

@@ -18,7 +18,7 @@ from nerine.algorithms import Call
 from nerine.errors import DeviceError
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import call_site, plain_forward
-from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, settle
+from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, keep_from_groups, settle
 from nerine.model.sums import summed, summed_bias
 from nerine.model.through_module import through_module
 from nerine.ops.precision import compute_dtype, same_dtype
@@ -32,8 +32,11 @@ def _active(holder: nn.Module, mount: Mount) -> list[Adapter]:
     found = [
         a for name, a in adapters_of(holder, mount) if a.strength and name not in mount.off and name not in mount.merged
     ]
-    if any(adapter.pending for adapter in found):
-        settle(holder, mount)
+    for adapter in found:
+        if adapter.pending:
+            settle(holder, mount)
+        if adapter.belongs and adapter.has_moved():
+            keep_from_groups(adapter)
     return found
 
 

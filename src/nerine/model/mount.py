@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nerine.errors import DeviceError, MergeError
 from nerine.model.adapter import Adapter, start
 from nerine.model.layer import bias_name
-from nerine.model.offload import offloaded, put_offloaded
+from nerine.model.offload import Groups, offloaded, put_offloaded
 from nerine.model.storage import storage_of
 from nerine.ops.precision import same_dtype
 from nerine.site import Site
@@ -32,6 +32,7 @@ __all__ = [
     "adapters_of",
     "bias_at",
     "dtype_at",
+    "keep_from_groups",
     "keep_original",
     "mounts_of",
     "original_at",
@@ -107,6 +108,42 @@ def adapters_of(holder: nn.Module, mount: Mount) -> Iterator[tuple[str, Adapter]
         if adapter.belongs and adapter.training != holder.training:
             adapter.train(holder.training)
         yield name, adapter
+
+
+_LOOKS = 3  # for engines, when adapters have moved: a first time, and again where some come later
+
+
+def keep_from_groups(adapter: Adapter) -> None:
+    """Take the adapters of a model out of the groups in which diffusers moves its parameters.
+
+    A parameter that leaves the device between forward and backward cannot be trained; a group also writes old values
+    from its files over new ones. Called where an adapter has moved, which mostly means nothing of the kind.
+    """
+    context = adapter.context
+    model = None if context.model is None else context.model()
+    if model is None or context.looks >= _LOOKS:
+        return
+    context.looks += 1
+    groups = Groups(model)
+    for holder in model.modules():
+        for mount in mounts_of(holder):
+            for name, own in list(adapters_of(holder, mount)):
+                if groups.groups and name not in mount.loose:
+                    _keep_from(groups, holder, mount, name, own)
+                own.has_moved()  # seen, wherever it is now
+
+
+def _keep_from(groups: Groups, holder: nn.Module, mount: Mount, name: str, adapter: Adapter) -> None:
+    device = groups.device_of(next(adapter.parameters()))
+    if device is None:
+        return
+    children = owned(holder, mount)
+    del children[name]
+    if not len(children):
+        del holder._modules[mount.child]
+    mount.loose[name] = adapter
+    groups.let_go([*adapter.parameters(), *adapter.buffers()])
+    adapter.place(device)
 
 
 def settle(holder: nn.Module, mount: Mount) -> None:
@@ -203,11 +240,14 @@ def dtype_at(holder: nn.Module, mount: Mount) -> torch.dtype:
 
 
 def bias_at(holder: nn.Module, mount: Mount | Spot) -> Tensor | None:
-    """The bias that belongs to it, or None."""
+    """The bias that belongs to it, or None; like a `Weight` a tensor of its own."""
     bias = _stored(holder, bias_name(mount.attr))
-    if bias is not None and storage_of(holder, bias) is not None:
+    if bias is None:
+        return None
+    if storage_of(holder, bias) is not None:
         bias = bias.to(torch.float32)
-    return bias if bias is None or mount.rows is None else bias[mount.rows[0] : mount.rows[1]]
+    bias = bias if bias.requires_grad else bias.detach()
+    return bias if mount.rows is None else bias[mount.rows[0] : mount.rows[1]]
 
 
 def keep_original(holder: nn.Module, mount: Mount) -> None:

@@ -20,7 +20,8 @@ from nerine.model.adapter import Adapter, check_strength
 from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
 from nerine.model.merge import forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, weight_at
+from nerine.model.mount import Mount, adapters_of, mounts_of, settle, weight_at
+from nerine.model.offload import Groups
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
 from nerine.model.targets import Match, matches
 
@@ -202,7 +203,8 @@ class Network:
         for holder, mount, _, adapter in self.placed():
             if not adapter.carriers:
                 raise OptionError(f"{mount.path}: {adapter.algorithm} names no tensor that carries its size")
-            weight = weight_at(holder, mount)
+            settle(holder, mount)
+            weight = weight_at(holder, mount).to(adapter.device)
             first = size = adapter.size(weight)
             for _ in range(1 if adapter.algorithm.keeps_mean else 6):  # a rotation does not grow in proportion
                 adapter.shrink((limit / size).clamp(max=1))
@@ -215,10 +217,11 @@ class Network:
     @torch.no_grad()
     def norms(self) -> NormReport:
         """How far each adapter has moved its weight, and the gradients it has now."""
-        found = [
-            (mount.path, adapter.size(weight_at(h, mount)), _norm([weight_at(h, mount)]), _norm(_grads(adapter)))
-            for h, mount, _, adapter in self.placed()
-        ]
+        found = []
+        for h, mount, _, adapter in self.placed():
+            settle(h, mount)
+            weight = weight_at(h, mount).to(adapter.device)
+            found.append((mount.path, adapter.size(weight), _norm([weight]), _norm(_grads(adapter))))
         columns = [_numbers([row[i] for row in found]) for i in (1, 2, 3)]  # type: ignore[misc]
         return NormReport(tuple(zip((row[0] for row in found), *columns, strict=True)))
 
@@ -295,6 +298,11 @@ class Network:
         """
         if self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is merged already; unmerge before merging again")
+        if Groups(self.model).on_disk():
+            raise MergeError(
+                "diffusers keeps weights of this model in files, which a merge would not change: take the group "
+                "offloading off first, or load the model without it to merge"
+            )
         names = set(self.names)
         done: list[tuple[nn.Module, Mount]] = []
         rows = []

@@ -7,7 +7,7 @@ known by the attributes that they leave on modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,6 +116,20 @@ class Groups:
         """Where the parameter computes; None where no group moves it."""
         group = self.by_parameter.get(id(parameter))
         return None if group is None else torch.device(group.onload_device)
+
+    def let_go(self, tensors: Sequence[Tensor]) -> None:
+        """Take tensors, with their values, out of the group that moves the first of them.
+
+        They must be no parameters of its modules any more.
+        """
+        group = self.by_parameter[id(tensors[0])]
+        if group.offload_to_disk_path is not None:
+            group.onload_()
+            for t in tensors:
+                group.key_to_tensor.pop(group.tensor_to_key.pop(t, None), None)
+        mine = {id(t) for t in tensors}
+        group.parameters = [t for t in group.parameters if id(t) not in mine]
+        group.buffers = [t for t in group.buffers if id(t) not in mine]
 
     def on_disk(self) -> list[Any]:
         """The groups whose values are in files, so that their tensors hold nothing while they rest."""

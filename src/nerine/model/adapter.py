@@ -20,6 +20,7 @@ from nerine.algorithms import Algorithm, Design, Params, prefers_weight
 from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
 from nerine.model.offload import computes_on, unhook
+from nerine.ops.precision import wide
 from nerine.site import Site
 
 __all__ = ["Adapter", "Context", "Drawn", "Noise", "check_strength", "start"]
@@ -188,6 +189,13 @@ class Adapter(nn.Module):
             **{name: p.tensors[name] * scalar.reshape(-1, *[1] * (p.tensors[name].dim() - 1)) for name in self.carriers}
         )
 
+    def ready(self, device: torch.device) -> Params:
+        """`folded` as algorithms want them: on one device, in at least fp32."""
+        p = self.folded()
+        if any(t.device != device or t.dtype.itemsize < 4 for t in p.tensors.values()):
+            p = p.filled(wide(t).to(device) for t in p.tensors.values())
+        return p
+
     def check_same(self, algorithm: Algorithm, params: Params) -> None:
         """Raise where `params` of `algorithm` cannot take the place of these tensors."""
         own = {name: tuple(t.shape) for name, t in self.folded().tensors.items()}
@@ -305,9 +313,7 @@ class Adapter(nn.Module):
     # -- one call ------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor) -> Drawn:
         """The tensors for a call with the activation `x`: on its device, with scalar, time and chance in them."""
-        p = self.folded()
-        if any(t.device != x.device for t in p.tensors.values()):
-            p = p.filled(t.to(x.device) for t in p.tensors.values())
+        p = self.ready(x.device)
         if not self.training:
             return Drawn(p)
         p = self.algorithm.draw(p, lambda: torch.rand((), device=x.device))
@@ -374,7 +380,7 @@ class Adapter(nn.Module):
 
     def size(self, weight: Tensor) -> Tensor:
         """|W' - W| over all entries, 0-d."""
-        p = self.folded()
+        p = self.ready(weight.device)
         if not self.site.experts:
             return self.algorithm.size(p, weight)
         sizes = [self.algorithm.size(one, w) for one, w in _by_expert(p, weight)]
@@ -385,7 +391,7 @@ class Adapter(nn.Module):
         """Multiply the deviation by a 0-d `factor` through its carriers; of a rotation only roughly."""
         for name in self.carriers:
             t = getattr(self, name)
-            t.mul_(factor.to(t.dtype))
+            t.mul_(factor.to(t.device, t.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.algorithm}, strength={self.strength:g}"

@@ -32,8 +32,7 @@ def changed_weight(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[Te
         shares: list[Share] = []
         for name, adapter in adapters_of(holder, mount):
             if name in names and adapter.strength:
-                p = adapter.folded()
-                shares.append((adapter, p.filled(t.to(weight.device) for t in p.tensors.values()), adapter.strength))
+                shares.append((adapter, adapter.ready(weight.device), adapter.strength))
         return changed(weight, shares), summed_bias(shares, bias)
 
 

@@ -101,7 +101,7 @@ def adapters_of(holder: nn.Module, mount: Mount) -> Iterator[tuple[str, Adapter]
     """
     if mount.child in holder._modules:
         for name, adapter in owned(holder, mount).items():
-            if "_hf_hook" in adapter.__dict__:
+            if "_hf_hook" in adapter.__dict__ or "_diffusers_hook" in adapter.__dict__:
                 adapter.reclaim()  # type: ignore[operator]
             yield name, adapter  # type: ignore[misc]
     for name, adapter in mount.loose.items():

@@ -186,7 +186,7 @@ class Network:
     def penalty(self) -> Tensor:
         """What the algorithms ask to have added to the loss, weighted as the user sees fit, 0-d: for T-LoRA how far its
         factors are from orthogonal ones (arXiv:2507.05964 §3.3), zero for the others."""
-        found = [p for p in (a.algorithm.penalty(a.params()) for *_, a in self.adapters()) if p is not None]
+        found = [p for p in (a.algorithm.penalty(a.ready(a.device)) for *_, a in self.adapters()) if p is not None]
         first = next(self.parameters())
         return torch.stack([p.to(first.device) for p in found]).sum() if found else first.new_zeros(())
 
@@ -204,7 +204,7 @@ class Network:
             if not adapter.carriers:
                 raise OptionError(f"{mount.path}: {adapter.algorithm} names no tensor that carries its size")
             settle(holder, mount)
-            weight = weight_at(holder, mount).to(adapter.device)
+            weight = weight_at(holder, mount).detach()
             first = size = adapter.size(weight)
             for _ in range(1 if adapter.algorithm.keeps_mean else 6):  # a rotation does not grow in proportion
                 adapter.shrink((limit / size).clamp(max=1))
@@ -220,7 +220,7 @@ class Network:
         found = []
         for h, mount, _, adapter in self.placed():
             settle(h, mount)
-            weight = weight_at(h, mount).to(adapter.device)
+            weight = weight_at(h, mount).detach()
             found.append((mount.path, adapter.size(weight), _norm([weight]), _norm(_grads(adapter))))
         columns = [_numbers([row[i] for row in found]) for i in (1, 2, 3)]  # type: ignore[misc]
         return NormReport(tuple(zip((row[0] for row in found), *columns, strict=True)))

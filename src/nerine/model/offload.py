@@ -150,10 +150,28 @@ def present(model: nn.Module) -> Iterator[None]:
 
 
 def unhook(module: nn.Module) -> dict[str, Tensor]:
-    """Take accelerate's hook off `module` alone; returns the values that it held of tensors that it had emptied."""
+    """Take every hook off `module` alone; returns the values that one held of tensors that it had emptied."""
+    group = _group_of(module)
+    if group is not None:  # made for the tensors of this module alone
+        group.onload_()
+        group.parameters, group.buffers = [], []
+        if group.offload_to_disk_path is not None:
+            group.tensor_to_key, group.key_to_tensor = {}, {}
     held = _map_of(module)
     names = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None and t.is_meta]
     values = {} if held is None else {name: held[name] for name in names}
-    for key in ("_hf_hook", "_old_forward", "forward", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"):
+    for key in (
+        "_hf_hook",
+        "_diffusers_hook",
+        "_old_forward",
+        "forward",
+        "to",
+        "cuda",
+        "npu",
+        "xpu",
+        "mlu",
+        "sdaa",
+        "musa",
+    ):
         module.__dict__.pop(key, None)
     return values

@@ -148,6 +148,8 @@ def fit_in(
             parameter.requires_grad_(False)
     for spot, adapter in ready:
         put_on(spot, name, adapter, own)
+    holders = {id(spot.holder) for spot, _ in ready}
+    network._holders = {p: type(m).__name__ for p, m in model.named_modules() if id(m) in holders}
     _note_shared(model)
     keep_from_fast_paths(model)
     return network, len(network._unfreeze)

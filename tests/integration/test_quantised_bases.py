@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import nerine
 from contract.cases import ONE_OF_EACH
 from nerine.algorithms import Algorithm, DoRA
-from nerine.errors import MergeError, TargetError
+from nerine.errors import MergeError, TargetError, UnsupportedBase
 from nerine.model import mount as mounts
 from nerine.model.storage import storage_of
 from nerine.testing.battery import stir
@@ -264,3 +264,16 @@ def test_a_merge_into_blocks_that_gguf_only_reads_is_refused() -> None:
     stir(network)
     with pytest.raises(MergeError, match=r"^0: the gguf package reads Q4_K and does not write it"):
         network.merge()
+
+
+def test_a_base_without_a_gradient_to_its_input_is_refused_in_training() -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao comes with the extra [quant]")
+    model = nn.Sequential(linear())
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(version=2))
+    network = nerine.attach(model, DoRA(LORA))
+    stir(network)
+    assert model(inputs()).requires_grad  # nothing before it wants a gradient
+    with torch.no_grad():
+        assert model(inputs()).shape == (5, SHAPE[0])
+    with pytest.raises(UnsupportedBase, match=r"^0: the layer \(torchao\) passes no gradient to its input"):
+        model(inputs().requires_grad_())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nerine.algorithms import Call
-from nerine.errors import DeviceError
+from nerine.errors import DeviceError, UnsupportedBase
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import call_site, plain_forward
 from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, settle
@@ -109,6 +109,11 @@ def _whole(
         if is_open and any(adapter.prefers_weight for adapter in active):
             return _weight_path(layer, mount, site, drawn, x)
     y = base(*args, **kwargs)
+    if weight.storage is not None and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+        raise UnsupportedBase(
+            f"{mount.path}: the layer ({weight.storage.name}) passes no gradient to its input, so that nothing before "
+            "it could learn; train on a base that rounds weights alone, or call the model without gradients"
+        )
     with weight.unkept():
         return _beside(layer, before is None, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
 

@@ -37,7 +37,7 @@ def _spread(module: nn.Module, scale: Tensor, shape: torch.Size) -> Tensor:
     scale = scale.detach().to(torch.float32)
     if scale.numel() == 1:
         return scale.reshape(())
-    if scale.numel() == shape[0]:
+    if tuple(scale.shape) in ((shape[0],), (shape[0], *[1] * (len(shape) - 1))):
         return scale.reshape(-1, *[1] * (len(shape) - 1))
     if scale.dim() == len(shape) == 2:
         given = getattr(module, "block_size", None)

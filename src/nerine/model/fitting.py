@@ -156,6 +156,8 @@ def fit_in(
         _place(adapter, moved_to or computes_on(spot.holder) or own_parameter.device)  # type: ignore[union-attr]
         adapter.has_moved()  # seen, where it is now
         put_on(spot, name, adapter, own and moved_to is None)
+    holders = {id(spot.holder) for spot, _ in ready}
+    network._holders = {p: type(m).__name__ for p, m in model.named_modules() if id(m) in holders}
     _note_shared(model)
     keep_from_fast_paths(model)
     return network, len(network._unfreeze)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nerine.algorithms import Call
-from nerine.errors import DeviceError
+from nerine.errors import DeviceError, UnsupportedBase
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import call_site, plain_forward
 from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, keep_from_groups, settle
@@ -102,15 +102,21 @@ def _whole(
     x = _input_of(args, kwargs)
     drawn = [(adapter, adapter(x)) for adapter in active]
     alone = active[0] if len(active) == 1 else None
-    if _loses_nothing(x, dtype_at(layer, mount), drawn):
+    weight = Weight(layer, mount, x.device)
+    if _loses_nothing(x, dtype_at(layer, mount), drawn) and not weight.rounds_input:
         if alone is not None:
-            y = _by_input(layer, base, mount, site, (alone, drawn[0][1]), args, kwargs)
+            y = _by_input(layer, base, weight, site, (alone, drawn[0][1]), args, kwargs)
             if y is not None:
                 return y
-        if before is None and any(adapter.prefers_weight for adapter in active) and plain_forward(layer):
+        is_open = before is None and weight.storage is None and plain_forward(layer)
+        if is_open and any(adapter.prefers_weight for adapter in active):
             return _weight_path(layer, mount, site, drawn, x)
     y = base(*args, **kwargs)
-    weight = Weight(layer, mount, x.device)
+    if weight.storage is not None and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+        raise UnsupportedBase(
+            f"{mount.path}: the layer ({weight.storage.name}) passes no gradient to its input, so that nothing before "
+            "it could learn; train on a base that rounds weights alone, or call the model without gradients"
+        )
     with weight.unkept():
         return _beside(layer, before is None, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
 
@@ -131,7 +137,7 @@ def _beside(layer: nn.Module, is_own: bool, y: Tensor, drawn: list[tuple[Adapter
 def _by_input(
     layer: nn.Module,
     base: Callable[..., Any],
-    mount: Mount,
+    weight: Weight,
     site: Site,
     drawn: tuple[Adapter, Drawn],
     args: tuple[Any, ...],
@@ -140,7 +146,6 @@ def _by_input(
     """The layer's own forward on another input, where the adapter can act so; None where it cannot."""
     (adapter, now), x = drawn, _input_of(args, kwargs)
     strength = None if adapter.is_plain else functools.partial(adapter.call_strength, x)
-    weight = Weight(layer, mount, x.device)
     with weight.unkept():
         found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
     if found is None:
@@ -150,7 +155,7 @@ def _by_input(
     if found.then is not None:
         algorithm, p = found.then
         with weight.unkept():
-            y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, mount), weight)), y)
+            y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, weight.mount), weight)), y)
     return y if shift is None else y + same_dtype(site.over_channels(shift), y)
 
 

@@ -17,6 +17,7 @@ from nerine.model.mount import (
     write,
     write_back,
 )
+from nerine.model.storage import storage_of
 from nerine.model.sums import Share, changed, summed_bias
 from nerine.ops.precision import full_precision, wide
 
@@ -64,8 +65,9 @@ def merge_layer(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[float
     rounded = wide(weight_at(holder, mount).detach())
     if not torch.isfinite(rounded).all():
         write_back(holder, mount)
-        dtype = dtype_at(holder, mount)
-        raise MergeError(f"{mount.path}: the merged weight is not finite in {dtype}; is the adapter damaged?")
+        storage = storage_of(holder, holder._parameters[mount.attr])
+        form = dtype_at(holder, mount) if storage is None else storage.name
+        raise MergeError(f"{mount.path}: the merged weight is not finite in {form}; is the adapter damaged?")
     step, error = exact - weight, rounded - exact
     mount.merged = {name: a.strength for name, a in adapters_of(holder, mount) if name in names}
     return float(error.abs().max()), float(error.norm() / step.norm().clamp_min(1e-30))

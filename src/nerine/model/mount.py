@@ -190,6 +190,7 @@ class Weight:
     def __init__(self, holder: nn.Module, mount: Mount, device: torch.device) -> None:
         self.holder, self.mount, self.device = holder, mount, device
         self.stored = _stored(holder, mount.attr)
+        self.storage = storage_of(holder, self.stored)
         self.made: Tensor | None = None
 
     def __call__(self) -> Tensor:
@@ -200,12 +201,22 @@ class Weight:
             self.made = weight if weight.requires_grad else weight.detach()
         return self.made
 
+    @property
+    def rounds_input(self) -> bool:
+        """Whether the layer rounds its input as well as its weight."""
+        return self.storage is not None and self.storage.rounds_input(self.holder, self.stored)  # type: ignore[arg-type]
+
     def unkept(self) -> contextlib.AbstractContextManager[object]:
         """A context in which autograd keeps the stored form and not the weight that was read from it."""
-        is_stored = storage_of(self.holder, self.stored) is not None
-        if not is_stored or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if self.storage is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return contextlib.nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        return self._unkept()
+
+    @contextlib.contextmanager
+    def _unkept(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        self.made = None  # for the hooks live as long as what they have saved, and this with them
 
     def _pack(self, t: Tensor) -> Any:
         made = self.made
@@ -311,7 +322,10 @@ def _store(holder: nn.Module, mount: Mount, weight: Tensor) -> None:
     assert storage is not None
     if storage.write is None:
         raise MergeError(f"{mount.path}: {storage.refusal}")
-    holder._parameters[mount.attr] = storage.write(holder, own, weight)
+    try:
+        holder._parameters[mount.attr] = storage.write(holder, own, weight)
+    except MergeError as error:
+        raise MergeError(f"{mount.path}: {error}") from None
 
 
 def _write_bias(holder: nn.Module, mount: Mount, bias: Tensor | None) -> None:

@@ -57,6 +57,7 @@ class Network:
         self.names = tuple(names)
         self._report = report
         self._unfreeze: list[nn.Parameter] = []
+        self._holders: dict[str, str] = {}  # path and class of the modules that got adapters, to notice their loss
 
     @classmethod
     def of(cls, model: nn.Module) -> Network:
@@ -95,9 +96,28 @@ class Network:
 
     # -- what it holds -------------------------------------------------------------------------------------------
     def _mounts(self) -> Iterator[tuple[nn.Module, Mount]]:
+        self._check_still_there()
         for holder in self.model.modules():
             for mount in mounts_of(holder):
                 yield holder, mount
+
+    def _check_still_there(self) -> None:
+        """Whether each adapted module is still in the model; some tools put others in the place of layers.
+
+        Raises:
+            TargetError: a module of another class, without adapters, is in the place of one.
+        """
+        for path, kind in self._holders.items():
+            try:
+                there = self.model.get_submodule(path)
+            except AttributeError:  # below something that was put around it
+                continue
+            found = type(there).__name__
+            if found != kind and not any(mounts_of(module) for module in there.modules()):
+                raise TargetError(
+                    f"{path or 'the model'}: the {kind} that has adapters was replaced by {found}, and they are lost "
+                    "with it; quantise the model before adapters are attached or loaded"
+                )
 
     def adapters(self) -> Iterator[tuple[str, str, Adapter]]:
         """(path of the layer, adapter name, adapter), in the order of the model."""
@@ -341,6 +361,7 @@ class Network:
         for parameter in self._unfreeze:
             parameter.requires_grad_(True)
         self._unfreeze = []
+        self._holders = {}
 
     # -- for hosts that own the network ---------------------------------------------------------------------------
     def to(self, *args: Any, **kwargs: Any) -> Network:

@@ -18,6 +18,7 @@ from nerine.errors import DeviceError, MergeError
 from nerine.model.adapter import Adapter, start
 from nerine.model.layer import bias_name
 from nerine.model.offload import offloaded, put_offloaded
+from nerine.model.sharded import copy_into, whole
 from nerine.model.storage import storage_of
 from nerine.ops.precision import same_dtype
 from nerine.site import Site
@@ -205,6 +206,7 @@ def dtype_at(holder: nn.Module, mount: Mount) -> torch.dtype:
 def bias_at(holder: nn.Module, mount: Mount | Spot) -> Tensor | None:
     """The bias that belongs to it, or None."""
     bias = _stored(holder, bias_name(mount.attr))
+    bias = None if bias is None else whole(bias)
     if bias is not None and storage_of(holder, bias) is not None:
         bias = bias.to(torch.float32)
     return bias if bias is None or mount.rows is None else bias[mount.rows[0] : mount.rows[1]]
@@ -217,7 +219,8 @@ def keep_original(holder: nn.Module, mount: Mount) -> None:
     if mount.rows is not None:
         kept = weight_at(holder, mount).detach().clone()
     else:  # what cannot be written in place is replaced, so that the old one is kept as it is
-        kept = stored.detach().clone() if storage_of(holder, stored) is None else stored
+        storage = storage_of(holder, stored)
+        kept = stored.detach().clone() if storage is None or storage.in_place else stored
     mount.original = kept, None if bias is None else bias.detach().clone()
 
 
@@ -227,7 +230,8 @@ def write_back(holder: nn.Module, mount: Mount) -> None:
     assert mount.original is not None
     kept, bias = mount.original
     is_here = not holder._parameters[mount.attr].is_meta  # type: ignore[union-attr]
-    if storage_of(holder, kept) is not None and mount.rows is None and is_here:
+    storage = storage_of(holder, kept)
+    if storage is not None and not storage.in_place and mount.rows is None and is_here:
         holder._parameters[mount.attr] = kept  # type: ignore[assignment]
         _write_bias(holder, mount, bias)
     else:
@@ -260,7 +264,7 @@ def _store(holder: nn.Module, mount: Mount, weight: Tensor) -> None:
     assert own is not None
     if mount.rows is not None:
         raise MergeError(
-            f"{mount.path}: rows of a weight that is offloaded or quantised cannot be merged by themselves"
+            f"{mount.path}: rows of a weight that is offloaded, quantised or split cannot be merged by themselves"
         )
     if own.is_meta:
         if offloaded(holder, mount.attr) is None:
@@ -287,4 +291,4 @@ def _write_bias(holder: nn.Module, mount: Mount, bias: Tensor | None) -> None:
             put_offloaded(holder, slot, bias)
         else:
             target = own if mount.rows is None else own[mount.rows[0] : mount.rows[1]]
-            target.copy_(bias)
+            copy_into(target, bias)

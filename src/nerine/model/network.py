@@ -22,6 +22,7 @@ from nerine.model.fast_path import restore_fast_paths
 from nerine.model.merge import forget_original, merge_layer, unmerge_layer
 from nerine.model.mount import Mount, adapters_of, mounts_of, weight_at
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
+from nerine.model.sharded import at_rest, copy_into, shape_of
 from nerine.model.targets import Match, matches
 
 __all__ = ["Network"]
@@ -157,17 +158,18 @@ class Network:
         Raises:
             ShapeError: keys or shapes differ; nothing was copied then.
         """
+        at_rest(self.model)
         own = dict(self.named_tensors())
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
             raise ShapeError(f"the state does not belong to this network: {len(odd)} keys differ, for example {odd[0]}")
         for key, parameter in own.items():
-            if parameter.shape != state[key].shape:
-                raise ShapeError(f"{key}: expected shape {tuple(parameter.shape)}, got {tuple(state[key].shape)}")
+            if shape_of(parameter) != shape_of(state[key]):
+                raise ShapeError(f"{key}: expected shape {shape_of(parameter)}, got {tuple(state[key].shape)}")
         self.not_merged("load tensors")
         with torch.no_grad():
             for key, parameter in own.items():
-                parameter.copy_(state[key])
+                copy_into(parameter, state[key])
 
     # -- training ------------------------------------------------------------------------------------------------
     def set_timestep(self, timestep: Tensor | float | None) -> None:
@@ -198,6 +200,7 @@ class Network:
         """
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise OptionError(f"max_norm: the limit must be a positive number, got {limit!r}")
+        at_rest(self.model)
         before, after = [], []
         for holder, mount, _, adapter in self.placed():
             if not adapter.carriers:
@@ -295,6 +298,7 @@ class Network:
         """
         if self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is merged already; unmerge before merging again")
+        at_rest(self.model)
         names = set(self.names)
         done: list[tuple[nn.Module, Mount]] = []
         rows = []
@@ -321,11 +325,13 @@ class Network:
         """
         if not self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is not merged")
+        at_rest(self.model)
         for holder, mount in self._mounts():
             unmerge_layer(holder, mount, set(self.names))
 
     def detach(self) -> None:
         """Take the adapters off: forward, weights, keys and requires_grad of the model are as before."""
+        at_rest(self.model)
         for module in list(self.model.modules()):
             for name in self.names:
                 take_off(module, name)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nerine.model.sharded import is_partitioned, is_split, whole, written
+
 __all__ = ["Storage", "is_named", "shape_at", "storage_of"]
 
 Read = Callable[[nn.Module, Tensor], Tensor]
@@ -35,6 +37,7 @@ class Storage:
     read: Read
     write: Write | None = None
     refusal: str = ""
+    in_place: bool = False  # `write` changes the parameter itself, of which a copy is kept to put back
 
 
 def is_named(thing: object, *names: str) -> bool:
@@ -56,13 +59,25 @@ _FLOAT8 = Storage(
     _rounded,
 )
 
-_STORAGES: tuple[Storage, ...] = (_FLOAT8,)
+# -- split over processes ---------------------------------------------------------------------------------------------
+_SPLIT = Storage(
+    "split", lambda module, stored: is_split(stored), lambda module, stored: whole(stored), written, in_place=True
+)
+_PARTITIONED = Storage(
+    "partitioned",
+    lambda module, stored: is_partitioned(stored),
+    lambda module, stored: whole(stored),
+    refusal="under ZeRO-3 the engine keeps the weight in pieces of its own: save(network, file), and merge the file "
+    "into a model that is not partitioned",
+)
+
+_STORAGES: tuple[Storage, ...] = (_FLOAT8, _SPLIT, _PARTITIONED)
 
 
 def storage_of(module: nn.Module, stored: Any) -> Storage | None:
     """The entry for a stored weight of `module`; None for an ordinary tensor in a format that computes."""
     if type(stored) is nn.Parameter and stored.dtype.itemsize > 1 and stored.is_floating_point():
-        return None
+        return _PARTITIONED if is_partitioned(stored) else None
     if not isinstance(stored, Tensor):
         return None
     return next((storage for storage in _STORAGES if storage.is_it(module, stored)), None)
@@ -74,4 +89,4 @@ def shape_at(module: nn.Module, attr: str = "weight") -> tuple[int, ...]:
     assert stored is not None
     if attr == "weight" and isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
-    return tuple(stored.shape)
+    return tuple(getattr(stored, "ds_shape", stored.shape))

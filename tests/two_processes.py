@@ -1,8 +1,8 @@
 """Two processes that train together, over gloo, on one machine without a GPU.
 
-A test hands a function of its own module to the fixture `run_on_two`, which runs it in two fresh processes with a
-process group around it; their warnings are errors, as here. One call may check many cases: two imports of torch cost
-more than all of them. `Failures` lets every case have its say before the process gives up.
+A test hands functions of its own module to the fixture `run_on_two`, which runs them, one after the other, in two
+fresh processes with a process group around them; their warnings are errors, as here. One call may check many cases:
+two imports of torch cost more than all of them. `Failures` lets every case have its say before the process gives up.
 
     def equal(rank: int, folder: Path) -> None:
         assert ...
@@ -47,15 +47,15 @@ class Failures:
         try:
             yield
         except Exception:
-            self.found.append(f"--- {name}\n{traceback.format_exc(limit=-8)}")
+            self.found.append(f"--- {name}\n{traceback.format_exc(limit=-3)}")
 
     def tell(self) -> None:
         if self.found:
-            raise AssertionError(f"{len(self.found)} cases failed\n" + "\n".join(self.found[:8]))
+            raise AssertionError(f"{len(self.found)} cases failed\n" + "\n".join(self.found[:4]))
 
 
-def run(path: str, name: str, folder: str) -> None:
-    """One of the two processes: load the test module at `path` and call its function `name`."""
+def run(path: str, names: str, folder: str) -> None:
+    """One of the two processes: load the test module at `path` and call its functions `names`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("error")
@@ -69,7 +69,11 @@ def run(path: str, name: str, folder: str) -> None:
     module = importlib.util.module_from_spec(specification)
     sys.modules["on_two"] = module
     specification.loader.exec_module(module)
-    getattr(module, name)(torch.distributed.get_rank(), Path(folder))
+    failures = Failures()
+    for name in names.split(","):
+        with failures.case(name):
+            getattr(module, name)(torch.distributed.get_rank(), Path(folder))
+    failures.tell()
     sys.stdout.flush()
     os._exit(0)  # what is checked is over; engines need not be taken down in order
 
@@ -81,7 +85,7 @@ def _free_port() -> int:
     return port
 
 
-def _start(path: str, name: str, folder: Path, rank: int, port: int, ignore: tuple[str, ...]) -> subprocess.Popen[str]:
+def _start(path: str, names: str, folder: Path, rank: int, port: int, ignore: tuple[str, ...]) -> subprocess.Popen[str]:
     here = str(Path(__file__).parent)
     env = {
         **os.environ,
@@ -97,7 +101,7 @@ def _start(path: str, name: str, folder: Path, rank: int, port: int, ignore: tup
         "ACCELERATE_USE_CPU": "true",
         "NERINE_TEST_IGNORE": "\n".join(ignore),
     }
-    code = f"import two_processes; two_processes.run({path!r}, {name!r}, {str(folder)!r})"
+    code = f"import two_processes; two_processes.run({path!r}, {names!r}, {str(folder)!r})"
     with (folder / f"rank-{rank}.log").open("w", encoding="utf-8") as log:
         return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=log, stderr=log, text=True)
 
@@ -118,16 +122,17 @@ def _finish(processes: list[subprocess.Popen[str]]) -> bool:
 
 @pytest.fixture
 def run_on_two(tmp_path: Path) -> Callable[..., None]:
-    """Runs a function of the test's module as `function(rank, folder)` in two processes of one group; fails with what
+    """Runs functions of the test's module as `function(rank, folder)` in two processes of one group; fails with what
     they wrote. `ignore` are the beginnings of warnings that other packages raise there."""
 
-    def run_function(function: Work, *, ignore: tuple[str, ...] = ()) -> None:
-        path, port = function.__code__.co_filename, _free_port()
-        processes = [_start(path, function.__name__, tmp_path, rank, port, ignore) for rank in range(WORLD)]
+    def run_functions(*functions: Work, ignore: tuple[str, ...] = ()) -> None:
+        path, port = functions[0].__code__.co_filename, _free_port()
+        names = ",".join(function.__name__ for function in functions)
+        processes = [_start(path, names, tmp_path, rank, port, ignore) for rank in range(WORLD)]
         if not _finish(processes):
             logs = [(tmp_path / f"rank-{rank}.log").read_text(encoding="utf-8")[-12000:] for rank in range(WORLD)]
             same = logs[0] == logs[1]
             told = logs[:1] if same else logs
             pytest.fail("\n".join(f"rank {rank}:\n{log}" for rank, log in enumerate(told)), pytrace=False)
 
-    return run_function
+    return run_functions

@@ -21,6 +21,7 @@ from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
 from nerine.model.offload import computes_on, unhook
 from nerine.model.sharded import copy_into, shape_of, whole
+from nerine.ops.precision import wide
 from nerine.site import Site
 
 __all__ = ["Adapter", "Context", "Drawn", "Noise", "check_strength", "start"]
@@ -80,6 +81,13 @@ def _by_expert(p: Params, weight: Tensor) -> Iterator[tuple[Params, Tensor]]:
     each = zip(*(t.unbind(0) for t in p.tensors.values()), strict=True)
     for tensors, one in zip(each, weight.unbind(0), strict=True):
         yield p.filled(tensors), one
+
+
+def _wide(p: Params) -> Params:
+    """The tensors in at least fp32, in which parameters are computed: engines, and users, may have cast them."""
+    if all(t.dtype.itemsize >= 4 for t in p.tensors.values()):
+        return p
+    return p.filled(wide(t) for t in p.tensors.values())
 
 
 def _bring_grad_home(parameter: Tensor) -> None:
@@ -288,6 +296,7 @@ class Adapter(nn.Module):
         p = self.folded()
         if any(t.device != x.device for t in p.tensors.values()):
             p = p.filled(t.to(x.device) for t in p.tensors.values())
+        p = _wide(p)
         if not self.training:
             return Drawn(p)
         p = self.algorithm.draw(p, lambda: torch.rand((), device=x.device))
@@ -355,13 +364,14 @@ class Adapter(nn.Module):
     # -- on weights ----------------------------------------------------------------------------------------------
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
         """W' - W for tensors `p` and a weight in at least fp32; expert by expert where the parameter holds several."""
+        p = _wide(p)
         if not self.site.experts:
             return self.algorithm.weight_deviation(p, weight)
         return torch.stack([self.algorithm.weight_deviation(one, w) for one, w in _by_expert(p, weight)])
 
     def size(self, weight: Tensor) -> Tensor:
         """|W' - W| over all entries, 0-d."""
-        p = self.folded()
+        p = _wide(self.folded())
         if not self.site.experts:
             return self.algorithm.size(p, weight)
         sizes = [self.algorithm.size(one, w) for one, w in _by_expert(p, weight)]

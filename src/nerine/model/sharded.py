@@ -68,7 +68,7 @@ def whole(t: Tensor) -> Tensor:
             "under ZeRO-3 the tensors of an adapter have values for gradients only within the model's forward: "
             "compute there, or under torch.no_grad()"
         )
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([t]):
         return t.detach().clone()
@@ -78,7 +78,7 @@ def whole(t: Tensor) -> Tensor:
 def copy_into(own: Tensor, value: Tensor) -> None:
     """Copy values, whole or split in the same way, into a tensor; of a split one each process takes its piece."""
     if is_partitioned(own):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([own], modifier_rank=0):
             own.copy_(value)

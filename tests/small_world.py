@@ -26,9 +26,12 @@ SETTINGS = {
     "boft": {"block_size": 2},
     "oft-v2": {"block_size": 2},
 }
-# every algorithm of the registry, alone and within DoRA
+# every algorithm of the registry, alone and within DoRA over its outputs
 ALGORITHMS: tuple[Algorithm, ...] = tuple(
-    wrapped for name in REGISTRY for wrapped in around(REGISTRY[name](**SETTINGS.get(name, {})))
+    wrapped
+    for name in REGISTRY
+    for wrapped in around(REGISTRY[name](**SETTINGS.get(name, {})))
+    if getattr(wrapped, "axis", "out") == "out"
 )
 
 

@@ -71,7 +71,7 @@ def penalty(base: nn.Module, network: nerine.Network, algorithm: object) -> None
 
 def files_and_merging(rank: int, folder: Path) -> None:
     failures = Failures()
-    for number, algorithm in enumerate(ALGORITHMS):
+    for number, algorithm in enumerate(ALGORITHMS[::3]):
         with failures.case(algorithm):
             file, one = folder / f"{number}.safetensors", folder / f"{number}-one-{rank}.safetensors"
             base, network = attached(algorithm)

@@ -30,6 +30,7 @@ __all__ = [
     "only_first",
     "shape_of",
     "whole",
+    "whole_at_rest",
     "written",
 ]
 
@@ -72,6 +73,12 @@ def whole(t: Tensor) -> Tensor:
 
     with GatheredParameters([t]):
         return t.detach().clone()
+
+
+def whole_at_rest(t: Tensor) -> Tensor:
+    """The same for a weight of ZeRO-3 outside of its module's forward, where no gradient can flow to it."""
+    with torch.no_grad():
+        return whole(t)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nerine.model.sharded import is_partitioned, is_split, whole, written
+from nerine.model.sharded import is_partitioned, is_split, whole, whole_at_rest, written
 
 __all__ = ["Storage", "is_named", "shape_at", "storage_of"]
 
@@ -66,7 +66,7 @@ _SPLIT = Storage(
 _PARTITIONED = Storage(
     "partitioned",
     lambda module, stored: is_partitioned(stored),
-    lambda module, stored: whole(stored),
+    lambda module, stored: whole_at_rest(stored),
     refusal="under ZeRO-3 the engine keeps the weight in pieces of its own: save(network, file), and merge the file "
     "into a model that is not partitioned",
 )

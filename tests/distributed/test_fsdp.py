@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import nerine
 from nerine import IA3, DoRA, LoKr, LoRA, Rule
-from nerine.errors import FormatError, MergeError, OptionError
+from nerine.errors import DeviceError, FormatError, MergeError, OptionError
 from nerine.testing.battery import close
-from small_world import ALGORITHMS, alone, attached, copied, loss_of, model, stir, train
+from small_world import ALGORITHMS, Model, alone, attached, copied, loss_of, model, stir, train
 from two_processes import Failures
 
 # torch says this of every unit whose output is a view, as a rotation's is; nobody writes into it here
@@ -178,5 +179,35 @@ def precision_and_chance(rank: int, folder: Path) -> None:
     assert all(torch.isfinite(t).all() for t in whole(network).values())
 
 
+def from_meta(rank: int, folder: Path) -> None:
+    """A model without values is sharded, and gets them afterwards."""
+    for settled in (False, True):
+        with torch.device("meta"):
+            base = Model().double()
+        network = nerine.attach(base, DoRA(LoRA(rank=2)))
+        shard(base)
+        base.to_empty(device="cpu")
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(base, model().state_dict(), options=options)
+        if not settled:
+            with pytest.raises(DeviceError, match=r"inlet: .*network\.settle\(\)"):
+                loss_of(base, 0)
+            continue
+        torch.manual_seed(rank)
+        network.settle()
+        single = dict(nerine.attach(model(), DoRA(LoRA(rank=2))).named_parameters())
+        for key, t in whole(network).items():
+            other = t.clone()
+            dist.broadcast(other, 0)
+            assert torch.equal(t, other)
+            if "down" not in key:
+                close(t, single[key], key)
+        close(loss_of(base, 0), loss_of(model(), 0), "loss")
+        loss_of(base, 0).backward()
+        close(loss_of(base, 0), loss_of(model(), 0), "loss again")
+
+
 def test_fsdp(run_on_two: Callable[..., None]) -> None:
-    run_on_two(equal_to_one_process, files_and_merging, orders_and_errors, precision_and_chance, ignore=(VIEW,))
+    run_on_two(
+        equal_to_one_process, files_and_merging, orders_and_errors, precision_and_chance, from_meta, ignore=(VIEW,)
+    )

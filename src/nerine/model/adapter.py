@@ -20,7 +20,7 @@ from nerine.algorithms import Algorithm, Design, Params, prefers_weight
 from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
 from nerine.model.offload import computes_on, unhook
-from nerine.model.sharded import copy_into, shape_of, whole
+from nerine.model.sharded import copy_into, is_split, shape_of, whole
 from nerine.ops.precision import wide
 from nerine.site import Site
 
@@ -142,6 +142,7 @@ class Adapter(nn.Module):
         self.belongs = belongs
         self.names = tuple(params.tensors)
         self.pending = ""
+        self.was_split = False  # when its memory was made, after the base had been on meta
         self._first: weakref.WeakValueDictionary[str, nn.Parameter] = weakref.WeakValueDictionary()
         layout = algorithm.layout_of(params.tensors)
         for name, tensor in params.tensors.items():
@@ -219,6 +220,8 @@ class Adapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Go where the layer goes, but stay in the own number format: a base that is cast, once or for every call,
         must not round what is trained. `cast` and the methods of `Network` change the format."""
+        if self.pending:
+            self.was_split = any(is_split(getattr(self, name)) for name in self.names)
         super()._apply(functools.partial(_moved, fn), recurse)
         return self
 

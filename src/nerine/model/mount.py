@@ -18,7 +18,7 @@ from nerine.errors import DeviceError, MergeError
 from nerine.model.adapter import Adapter, start
 from nerine.model.layer import bias_name
 from nerine.model.offload import offloaded, put_offloaded
-from nerine.model.sharded import copy_into, whole
+from nerine.model.sharded import copy_into, is_split, made_alike, whole
 from nerine.model.storage import storage_of
 from nerine.ops.precision import same_dtype
 from nerine.site import Site
@@ -116,8 +116,15 @@ def settle(holder: nn.Module, mount: Mount) -> None:
         if adapter.pending:
             weight = weight_at(holder, mount)
             if not weight.is_meta:
+                if adapter.was_split and not is_split(getattr(adapter, adapter.names[0])):
+                    raise DeviceError(
+                        f"{mount.path}: fully_shard came before the adapter had values, and a forward is too late for "
+                        "them: call network.settle() in every process once the weights are loaded"
+                    )
                 is_new = adapter.pending == "start"
                 fresh = start(adapter.algorithm, adapter.site, weight.detach(), None) if is_new else None
+                if fresh is not None:
+                    fresh = fresh.filled(made_alike(holder._parameters[mount.attr], fresh.tensors.values()))
                 adapter.settle(fresh, weight.device)
 
 

@@ -20,7 +20,7 @@ from nerine.model.adapter import Adapter, check_strength
 from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
 from nerine.model.merge import forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, weight_at
+from nerine.model.mount import Mount, adapters_of, mounts_of, settle, weight_at
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
 from nerine.model.sharded import at_rest, copy_into, shape_of
 from nerine.model.targets import Match, matches
@@ -214,6 +214,16 @@ class Network:
             after.append(size)
         sizes, now = _numbers(before), _numbers(after)
         return MaxNorm(sum(size > limit for size in sizes), sum(now) / len(now), max(now))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give adapters that were attached while the base was on meta their values, now that it has its own.
+
+        The first forward does so too, except under `fully_shard`: there every process must call this before it.
+        """
+        at_rest(self.model)
+        for holder, mount in self._mounts():
+            settle(holder, mount)
 
     @torch.no_grad()
     def norms(self) -> NormReport:

@@ -13,6 +13,7 @@ two imports of torch cost more than all of them. `Failures` lets every case have
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import socket
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 WORLD = 2
 LIMIT = 240  # seconds
@@ -76,6 +78,12 @@ def run(path: str, names: str, folder: str) -> None:
     failures.tell()
     sys.stdout.flush()
     os._exit(0)  # what is checked is over; engines need not be taken down in order
+
+
+@functools.cache
+def the_mesh() -> DeviceMesh:
+    """Both processes in a row, made once."""
+    return init_device_mesh("cpu", (WORLD,))
 
 
 def _free_port() -> int:

@@ -17,7 +17,7 @@ from nerine import IA3, DoRA, LoKr, LoRA, Rule
 from nerine.errors import DeviceError, FormatError, MergeError, OptionError
 from nerine.testing.battery import close
 from small_world import ALGORITHMS, Model, alone, attached, copied, loss_of, model, stir, train
-from two_processes import Failures
+from two_processes import Failures, the_mesh
 
 # torch says this of every unit whose output is a view, as a rotation's is; nobody writes into it here
 VIEW = "FSDP2-wrapped module"
@@ -26,8 +26,8 @@ VIEW = "FSDP2-wrapped module"
 def shard(base: nn.Module, *units: nn.Module) -> None:
     """Shards the blocks, or `units`, and the whole."""
     for unit in units or base.blocks:  # type: ignore[union-attr]
-        fully_shard(unit)
-    fully_shard(base)
+        fully_shard(unit, mesh=the_mesh())
+    fully_shard(base, mesh=the_mesh())
 
 
 def whole(network: nerine.Network) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def penalty(base: nn.Module, network: nerine.Network, algorithm: object) -> None
 
 def files_and_merging(rank: int, folder: Path) -> None:
     failures = Failures()
-    for number, algorithm in enumerate(ALGORITHMS[::3]):
+    for number, algorithm in enumerate(ALGORITHMS[::4]):
         with failures.case(algorithm):
             file, one = folder / f"{number}.safetensors", folder / f"{number}-one-{rank}.safetensors"
             base, network = attached(algorithm)

@@ -19,7 +19,7 @@ from nerine import DoRA, DyLoRA, LoKr, LoRA
 from nerine.errors import OptionError
 from nerine.testing.battery import close
 from small_world import ALGORITHMS, alone, attached, batch, copied, loss_of, model, stir, train
-from two_processes import Failures
+from two_processes import Failures, the_mesh
 
 PLAN = {
     "blocks.0.up": ColwiseParallel(),
@@ -32,7 +32,7 @@ PLAN = {
 
 def parallel(**more: object) -> nn.Module:
     base = model()
-    return parallelize_module(base, init_device_mesh("cpu", (2,)), {**PLAN, **more})  # type: ignore[dict-item]
+    return parallelize_module(base, the_mesh(), {**PLAN, **more})  # type: ignore[dict-item]
 
 
 def same_on_both(network: nerine.Network) -> None:
@@ -98,7 +98,7 @@ def chance_is_shared(rank: int, folder: Path) -> None:
 def orders_and_errors(rank: int, folder: Path) -> None:
     base, _ = attached(LoRA(rank=2))
     with pytest.raises(KeyError):  # torch's own: it wants layers without children
-        parallelize_module(base, init_device_mesh("cpu", (2,)), PLAN)
+        parallelize_module(base, the_mesh(), PLAN)
     # a norm whose weight is split, or replicated, on a mesh is left out and said so
     base = parallel(**{"blocks.0.norm": SequenceParallel()})
     network = nerine.attach(base, DoRA(LoKr(rank=1)), train_norm=True)
@@ -124,7 +124,7 @@ def orders_and_errors(rank: int, folder: Path) -> None:
         "blocks.0.up": ColwiseParallel(),
         "blocks.0.down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
     }
-    base = parallelize_module(model(), init_device_mesh("cpu", (2,)), plan)
+    base = parallelize_module(model(), the_mesh(), plan)
     network = nerine.attach(base, DoRA(LoRA(rank=2)), targets=["up", "down"])
     y = base.blocks[0].down(base.blocks[0].up(torch.randn(2, 6, 12, dtype=torch.float64)))
     assert y.full_tensor().shape == (2, 6, 12)

@@ -22,6 +22,7 @@ from nerine.model.fitting import Fitting, check_name, fit_in
 from nerine.model.mount import original_at, settle, weight_at
 from nerine.model.network import Network
 from nerine.model.offload import present
+from nerine.model.sharded import at_rest, check_engines, only_first, whole
 from nerine.model.targets import every_spot
 from nerine.site import Site
 from nerine.version import __version__
@@ -43,7 +44,8 @@ def save(
     """Write the adapters of `network` to a safetensors file, whole or not at all.
 
     `dtype` casts the tensors (None: as trained; alpha and magnitudes always stay in fp32). `metadata` is added to
-    what nerine writes about settings, layers and version. The same adapters give the same bytes.
+    what nerine writes about settings, layers and version. The same adapters give the same bytes. Where processes hold
+    pieces of the tensors (FSDP2, tensor parallel, ZeRO-3) all of them must call this; the first of them writes.
 
     Raises:
         OptionError: an unknown dialect or dtype, or a network of several names (save `network["name"]`).
@@ -63,7 +65,8 @@ def save(
         records = _records(network)
     tensors = DIALECTS[dialect].write(records, dtype)
     meta = write_meta({path: record.algorithm for path, record in records.items()}, __version__, other)
-    size = write_file(file, tensors, meta)
+    held = (t for h, _, _, a in network.placed() for t in (*h._parameters.values(), *a.parameters()) if t is not None)
+    size = only_first(held, lambda: write_file(file, tensors, meta))
     return SaveReport(os.fspath(file), dialect, len(records), len(tensors), size, tuple(_notes(network)))
 
 
@@ -85,7 +88,7 @@ def _records(network: Network) -> dict[str, Record]:
 
 
 def _notes(network: Network) -> list[str]:
-    bad = [key for key, t in network.state_dict().items() if not torch.isfinite(t).all()]
+    bad = [key for key, t in network.state_dict().items() if not torch.isfinite(whole(t)).all()]
     notes = [f"not finite: {key}" for key in bad]
     if any(adapter.strength != 1 for *_, adapter in network.adapters()):
         notes.append("strengths are not part of the file: it holds the adapter at strength 1")
@@ -127,10 +130,12 @@ def load(
     check_strength(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
+    check_engines(model)
     with open_file(file) as source:
         spots = every_spot(model, _rows_in(source.keys))
         sites = {path: spot.site for path, spot in spots.items()}
         checkpoint = _read(source, sites, strict, algorithms=algorithms)
+    check_engines(model, [(path, spots[path].holder) for path in checkpoint.records])
     fittings, notes = [], []
     with present(model):
         for path, record in checkpoint.records.items():
@@ -202,6 +207,7 @@ def _resume(
         found[path] = adapter.algorithm.from_file(params)
         adapter.check_same(record.algorithm, found[path])
     network.not_merged("load tensors")
+    at_rest(network.model)
     for path, params in found.items():
         placed[path][2].take(params)
     network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))

@@ -20,6 +20,7 @@ from nerine.algorithms import Algorithm, Design, Params, prefers_weight
 from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
 from nerine.model.offload import computes_on, unhook
+from nerine.model.sharded import copy_into, is_split, shape_of, whole
 from nerine.ops.precision import wide
 from nerine.site import Site
 
@@ -155,6 +156,7 @@ class Adapter(nn.Module):
         self.names = tuple(params.tensors)
         self.pending = ""
         self._seen_at = 0
+        self.was_split = False  # when its memory was made, after the base had been on meta
         self._first: weakref.WeakValueDictionary[str, nn.Parameter] = weakref.WeakValueDictionary()
         layout = algorithm.layout_of(params.tensors)
         for name, tensor in params.tensors.items():
@@ -173,11 +175,12 @@ class Adapter(nn.Module):
         if any(t.is_meta for t in params.tensors.values()):
             self.pending = "start"
         self._watch(*self._parameters)
+        self.draws_itself = getattr(algorithm, "inner", algorithm).__class__.draw is not Algorithm.draw
         self.has_gate = getattr(algorithm, "inner", algorithm).__class__.gate is not Algorithm.gate
 
     def params(self) -> Params:
-        """The tensors as they are stored, a learned scalar among them."""
-        return Params({name: getattr(self, name) for name in self.names}, self.scale)
+        """The tensors as they are stored, a learned scalar among them; gathered where an engine has split them."""
+        return Params({name: whole(getattr(self, name)) for name in self.names}, self.scale)
 
     def folded(self) -> Params:
         """The tensors with a learned scalar multiplied into its carriers: what a file holds."""
@@ -198,7 +201,7 @@ class Adapter(nn.Module):
 
     def check_same(self, algorithm: Algorithm, params: Params) -> None:
         """Raise where `params` of `algorithm` cannot take the place of these tensors."""
-        own = {name: tuple(t.shape) for name, t in self.folded().tensors.items()}
+        own = {name: shape_of(getattr(self, name)) for name in self.names if name != "scalar"}
         new = {name: tuple(t.shape) for name, t in params.tensors.items()}
         axes = getattr(self.algorithm, "axis", None), getattr(algorithm, "axis", None)
         if own != new or axes[0] != axes[1]:
@@ -215,7 +218,7 @@ class Adapter(nn.Module):
                 self.put(name, t.to(own.dtype) if own.is_meta else t.to(own.device, own.dtype))
             self.pending = "place" if self.pending else ""
             if "scalar" in self.names:
-                getattr(self, "scalar").fill_(1.0)  # noqa: B009
+                copy_into(getattr(self, "scalar"), torch.ones(1))  # noqa: B009
         self.scale = float(params.scale)
 
     # -- where it is ---------------------------------------------------------------------------------------------
@@ -238,6 +241,8 @@ class Adapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Go where the layer goes, but stay in the own number format: a base that is cast, once or for every call,
         must not round what is trained. `cast` and the methods of `Network` change the format."""
+        if self.pending:
+            self.was_split = any(is_split(getattr(self, name)) for name in self.names)
         super()._apply(functools.partial(_moved, fn), recurse)
         return self
 
@@ -283,8 +288,7 @@ class Adapter(nn.Module):
         """Copy values into the tensor `name`; one that has no memory yet gets it."""
         own = getattr(self, name)
         if not own.is_meta and own.device == value.device:
-            with torch.no_grad():
-                own.copy_(value)
+            copy_into(own, value)
         elif name in self._parameters:
             self._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=own.requires_grad)
             self._watch(name)
@@ -311,6 +315,14 @@ class Adapter(nn.Module):
             self.place(device)
 
     # -- one call ------------------------------------------------------------------------------------------------
+    def __call__(self, x: Tensor) -> Drawn:
+        """`forward`, for ZeRO-3 without its hooks: it would take the tensors away again before the layer is done.
+
+        Met outside of their own module they stay as long as the layer whose forward runs.
+        """
+        drawn: Drawn = self.forward(x) if hasattr(getattr(self, self.names[0]), "ds_id") else super().__call__(x)
+        return drawn
+
     def forward(self, x: Tensor) -> Drawn:
         """The tensors for a call with the activation `x`: on its device, with scalar, time and chance in them."""
         p = self.ready(x.device)
@@ -354,6 +366,13 @@ class Adapter(nn.Module):
         return self.strength == 1.0 and not (self.training and (self.noise.dropout or self.noise.module_dropout))
 
     @property
+    def draws(self) -> bool:
+        """Whether chance takes part in this call."""
+        noise = self.noise
+        by_chance = bool(noise.dropout or noise.rank_dropout or noise.module_dropout)
+        return self.training and (by_chance or self.draws_itself)
+
+    @property
     def has_dropout(self) -> bool:
         """Whether single values of the deviation are dropped in this call."""
         return self.training and bool(self.noise.dropout)
@@ -391,7 +410,7 @@ class Adapter(nn.Module):
         """Multiply the deviation by a 0-d `factor` through its carriers; of a rotation only roughly."""
         for name in self.carriers:
             t = getattr(self, name)
-            t.mul_(factor.to(t.device, t.dtype))
+            copy_into(t, whole(t) * factor.to(t.device, t.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.algorithm}, strength={self.strength:g}"

@@ -19,6 +19,7 @@ from nerine.model.mount import Spot, adapters_of, mounts_of, weight_at
 from nerine.model.network import Network
 from nerine.model.offload import Groups, computes_on, present
 from nerine.model.reports import AttachReport
+from nerine.model.sharded import check_engines, made_alike
 from nerine.model.targets import Rule, Targets, find_targets
 from nerine.ops.precision import full_precision
 
@@ -81,7 +82,9 @@ def attach(
     """
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
+    check_engines(model)
     chosen, skipped = find_targets(model, what, targets, train_norm)
+    check_engines(model, [(t.spot.path, t.spot.holder) for t in chosen])
     fittings = []
     with present(model):
         for target in chosen:
@@ -89,6 +92,7 @@ def attach(
             weight = weight_at(spot.holder, spot).detach()
             with full_precision(weight):
                 params = start(target.algorithm, spot.site, weight, generator)
+            params = params.filled(made_alike(spot.holder._parameters[spot.attr], params.tensors.values()))
             fittings.append(Fitting(spot, target.algorithm, params, rule.lr, rule.strength))
     network, frozen = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
     notes = {t.algorithm.design(t.spot.site).note for t in chosen} - {""}

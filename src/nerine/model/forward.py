@@ -19,6 +19,7 @@ from nerine.errors import DeviceError, UnsupportedBase
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import call_site, plain_forward
 from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, keep_from_groups, settle
+from nerine.model.sharded import check_known_to_engine, drawn_alike, is_split, like, whole
 from nerine.model.sums import summed, summed_bias
 from nerine.model.through_module import through_module
 from nerine.ops.precision import compute_dtype, same_dtype
@@ -73,9 +74,14 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
     if not torch.compiler.is_compiling():  # a flag that changes would make the compiler start again
         for _, mount in uses:
             mount.has_run = True
+        for _, mount, active in found:
+            for adapter in active:
+                check_known_to_engine(mount.path, adapter.parameters(), adapter.belongs)
     if not any(active for *_, active in found):
         return base(*args, **kwargs)
     _check_places(before is None and plain_forward(layer), found, _input_of(args, kwargs))
+    if any(is_split(holder._parameters[mount.attr]) for holder, mount, _ in found):
+        return _on_mesh(layer, base, found, args, kwargs)
     if any(mount.site.opaque for _, mount, _ in found):
         return through_module(layer, base, found, args, kwargs)
     if len(found) == 1 and found[0][1].rows is None:
@@ -191,6 +197,28 @@ def _deviation(adapter: Adapter, now: Drawn, call: Call) -> Tensor:
     return adapter.weighted(d)
 
 
+def _on_mesh(
+    layer: nn.Module,
+    base: Callable[..., Any],
+    found: list[tuple[nn.Module, Mount, list[Adapter]]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """A layer whose weight is split over a mesh of processes (tensor parallel).
+
+    Each of them works out the whole deviation of the gathered input, all alike; so every tensor of an adapter is whole
+    in each process and has its whole gradient there.
+    """
+    out = base(*args, **kwargs)
+    x, y = whole(_input_of(args, kwargs)), whole(out)
+    for holder, mount, active in found:
+        with drawn_alike(holder._parameters[mount.attr], any(adapter.draws for adapter in active)):
+            y = _on_rows(y, holder, mount, active, x)
+    if found[0][1].site.kind == "embedding":
+        y = _without_padding(layer, y, x)
+    return like(y, out)
+
+
 def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], x: Tensor) -> Tensor:
     """`y` with the deviations of adapters on some rows of the weight added to those outputs."""
     if not active:
@@ -204,6 +232,8 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     with weight.unkept():
         for adapter in active:
             changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
+    if mount.rows is None:
+        return changed
     return torch.cat([y.narrow(dim, 0, start), changed, y.narrow(dim, stop, y.shape[dim] - stop)], dim)
 
 

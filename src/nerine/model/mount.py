@@ -18,6 +18,7 @@ from nerine.errors import DeviceError, MergeError
 from nerine.model.adapter import Adapter, start
 from nerine.model.layer import bias_name
 from nerine.model.offload import Groups, offloaded, put_offloaded
+from nerine.model.sharded import copy_into, is_split, made_alike, whole
 from nerine.model.storage import storage_of
 from nerine.ops.precision import same_dtype
 from nerine.site import Site
@@ -152,8 +153,15 @@ def settle(holder: nn.Module, mount: Mount) -> None:
         if adapter.pending:
             weight = weight_at(holder, mount)
             if not weight.is_meta:
+                if adapter.was_split and not is_split(getattr(adapter, adapter.names[0])):
+                    raise DeviceError(
+                        f"{mount.path}: fully_shard came before the adapter had values, and a forward is too late for "
+                        "them: call network.settle() in every process once the weights are loaded"
+                    )
                 is_new = adapter.pending == "start"
                 fresh = start(adapter.algorithm, adapter.site, weight.detach(), None) if is_new else None
+                if fresh is not None:
+                    fresh = fresh.filled(made_alike(holder._parameters[mount.attr], fresh.tensors.values()))
                 adapter.settle(fresh, weight.device)
 
 
@@ -255,6 +263,7 @@ def bias_at(holder: nn.Module, mount: Mount | Spot) -> Tensor | None:
     bias = _stored(holder, bias_name(mount.attr))
     if bias is None:
         return None
+    bias = whole(bias)
     if storage_of(holder, bias) is not None:
         bias = bias.to(torch.float32)
     bias = bias if bias.requires_grad else bias.detach()
@@ -268,7 +277,8 @@ def keep_original(holder: nn.Module, mount: Mount) -> None:
     if mount.rows is not None:
         kept = weight_at(holder, mount).detach().clone()
     else:  # what cannot be written in place is replaced, so that the old one is kept as it is
-        kept = stored.detach().clone() if storage_of(holder, stored) is None else stored
+        storage = storage_of(holder, stored)
+        kept = stored.detach().clone() if storage is None or storage.in_place else stored
     mount.original = kept, None if bias is None else bias.detach().clone()
 
 
@@ -278,7 +288,8 @@ def write_back(holder: nn.Module, mount: Mount) -> None:
     assert mount.original is not None
     kept, bias = mount.original
     is_here = not holder._parameters[mount.attr].is_meta  # type: ignore[union-attr]
-    if storage_of(holder, kept) is not None and mount.rows is None and is_here:
+    storage = storage_of(holder, kept)
+    if storage is not None and not storage.in_place and mount.rows is None and is_here:
         holder._parameters[mount.attr] = kept  # type: ignore[assignment]
         _write_bias(holder, mount, bias)
     else:
@@ -311,7 +322,7 @@ def _store(holder: nn.Module, mount: Mount, weight: Tensor) -> None:
     assert own is not None
     if mount.rows is not None:
         raise MergeError(
-            f"{mount.path}: rows of a weight that is offloaded or quantised cannot be merged by themselves"
+            f"{mount.path}: rows of a weight that is offloaded, quantised or split cannot be merged by themselves"
         )
     if own.is_meta:
         if offloaded(holder, mount.attr) is None:
@@ -341,4 +352,4 @@ def _write_bias(holder: nn.Module, mount: Mount, bias: Tensor | None) -> None:
             put_offloaded(holder, slot, bias)
         else:
             target = own if mount.rows is None else own[mount.rows[0] : mount.rows[1]]
-            target.copy_(bias)
+            copy_into(target, bias)

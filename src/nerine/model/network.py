@@ -23,6 +23,7 @@ from nerine.model.merge import forget_original, merge_layer, unmerge_layer
 from nerine.model.mount import Mount, adapters_of, mounts_of, settle, weight_at
 from nerine.model.offload import Groups
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
+from nerine.model.sharded import at_rest, copy_into, shape_of
 from nerine.model.targets import Match, matches
 
 __all__ = ["Network"]
@@ -178,17 +179,18 @@ class Network:
         Raises:
             ShapeError: keys or shapes differ; nothing was copied then.
         """
+        at_rest(self.model)
         own = dict(self.named_tensors())
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
             raise ShapeError(f"the state does not belong to this network: {len(odd)} keys differ, for example {odd[0]}")
         for key, parameter in own.items():
-            if parameter.shape != state[key].shape:
-                raise ShapeError(f"{key}: expected shape {tuple(parameter.shape)}, got {tuple(state[key].shape)}")
+            if shape_of(parameter) != shape_of(state[key]):
+                raise ShapeError(f"{key}: expected shape {shape_of(parameter)}, got {tuple(state[key].shape)}")
         self.not_merged("load tensors")
         with torch.no_grad():
             for key, parameter in own.items():
-                parameter.copy_(state[key])
+                copy_into(parameter, state[key])
 
     # -- training ------------------------------------------------------------------------------------------------
     def set_timestep(self, timestep: Tensor | float | None) -> None:
@@ -219,6 +221,7 @@ class Network:
         """
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise OptionError(f"max_norm: the limit must be a positive number, got {limit!r}")
+        at_rest(self.model)
         before, after = [], []
         for holder, mount, _, adapter in self.placed():
             if not adapter.carriers:
@@ -233,6 +236,16 @@ class Network:
             after.append(size)
         sizes, now = _numbers(before), _numbers(after)
         return MaxNorm(sum(size > limit for size in sizes), sum(now) / len(now), max(now))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give adapters that were attached while the base was on meta their values, now that it has its own.
+
+        The first forward does so too, except under `fully_shard`: there every process must call this before it.
+        """
+        at_rest(self.model)
+        for holder, mount in self._mounts():
+            settle(holder, mount)
 
     @torch.no_grad()
     def norms(self) -> NormReport:
@@ -323,6 +336,7 @@ class Network:
                 "diffusers keeps weights of this model in files, which a merge would not change: take the group "
                 "offloading off first, or load the model without it to merge"
             )
+        at_rest(self.model)
         names = set(self.names)
         done: list[tuple[nn.Module, Mount]] = []
         rows = []
@@ -349,11 +363,13 @@ class Network:
         """
         if not self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is not merged")
+        at_rest(self.model)
         for holder, mount in self._mounts():
             unmerge_layer(holder, mount, set(self.names))
 
     def detach(self) -> None:
         """Take the adapters off: forward, weights, keys and requires_grad of the model are as before."""
+        at_rest(self.model)
         for module in list(self.model.modules()):
             for name in self.names:
                 take_off(module, name)

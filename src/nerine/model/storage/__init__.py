@@ -1,9 +1,9 @@
 """How bases store their weights, and how each kind is read and written: one table.
 
-A weight may be packed to four bits, scaled to eight, or just be kept in a format that does not compute. Whatever needs
-its values (DoRA's norms, a merge, an initialisation) asks here and gets an ordinary tensor. A kind is recognised by the
-names of its classes, and the package that it belongs to is imported only once such a weight is at hand. A new kind is
-one entry; one file holds those of one package.
+A weight may be packed to four bits, scaled to eight, cut into shards, or just be kept in a format that does not
+compute. Whatever needs its values (DoRA's norms, a merge, an initialisation) asks here and gets an ordinary tensor. A
+kind is recognised by the names of its classes, and the package that it belongs to is imported only once such a weight
+is at hand. A new kind is one entry; one file holds those of one package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nerine.model.storage import bitsandbytes, float8, gguf, quanto, torchao
+from nerine.model.sharded import is_partitioned
+from nerine.model.storage import bitsandbytes, float8, gguf, quanto, split, torchao
 from nerine.model.storage.kind import Storage, is_named
 
 __all__ = ["Storage", "is_named", "shape_at", "storage_of"]
@@ -26,6 +27,7 @@ _STORAGES: tuple[Storage, ...] = (
     torchao.PACKED,
     quanto.QUANTO,
     gguf.GGUF,
+    split.SPLIT,
 )
 
 
@@ -34,6 +36,8 @@ def storage_of(module: nn.Module, stored: Any) -> Storage | None:
     if not isinstance(stored, Tensor):
         return None
     is_ordinary = type(stored) in (Tensor, nn.Parameter) and stored.dtype.itemsize > 1 and stored.is_floating_point()
+    if is_ordinary and is_partitioned(stored):
+        return split.PARTITIONED
     if is_ordinary and not quanto.rounds_when_called(module):
         return None
     return next((storage for storage in _STORAGES if storage.is_it(module, stored)), None)
@@ -45,4 +49,4 @@ def shape_at(module: nn.Module, attr: str = "weight") -> tuple[int, ...]:
     assert stored is not None
     if attr == "weight" and isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
-    return tuple(stored.shape)
+    return tuple(getattr(stored, "ds_shape", stored.shape))

@@ -28,7 +28,8 @@ class Storage:
     other values in the same way, rounded to it; the old one keeps its values, so that it can be put back. Where `write`
     is None, `refusal` says why such a weight cannot be merged into; a `write` that cannot take these values raises
     `MergeError` without naming the layer. `rounds_input` says whether the layer rounds its input as well: then another
-    input is rounded in another way, and adapters act beside the layer only.
+    input is rounded in another way, and adapters act beside the layer only. With `in_place` `write` changes the
+    parameter itself, of which a copy is kept to put back.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Storage:
     write: Write | None = None
     refusal: str = ""
     rounds_input: Is = never
+    in_place: bool = False
 
 
 def is_named(thing: object, *names: str) -> bool:

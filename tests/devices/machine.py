@@ -106,8 +106,8 @@ class Programs(RuleBasedStateMachine):
     @precondition(lambda self: self.networks and not any(p[0].is_merged for p in self.networks.values()))
     @rule()
     def train(self) -> None:
-        if not any(p.requires_grad for pair in self.networks.values() for p in pair[0].parameters()):
-            return
+        if not any(a.strength for pair in self.networks.values() for *_, a in pair[0].adapters()):
+            return  # nothing that is trained takes part
         for model, x, side in ((self.model, self.x(), 0), (self.plain, input_of(), 1)):
             model.eval()  # without chance
             for pair in self.networks.values():

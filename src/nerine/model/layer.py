@@ -202,7 +202,7 @@ def _check_weight(module: nn.Module, weight: object, kind: str, where: str) -> b
         raise UnsupportedBase(f"{where}: it has no weight of its own" + (" to move" if kind == "norm" else ""))
     found = getattr(weight, "dtype", type(weight).__name__)
     storage = storage_of(module, weight)
-    if storage is not None and kind in ("norm", "parameter"):
+    if storage is not None and kind in ("norm", "parameter") and not is_split(weight):
         raise UnsupportedBase(
             f"{where}: a {kind} is adapted by exchanging its weight, which here is stored as {storage.name} ({found}); "
             "leave it in bf16 or fp32 when the model is quantised"

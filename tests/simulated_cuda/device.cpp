@@ -546,7 +546,10 @@ void resize_storage(const c10::Storage& storage, size_t bytes) {
 const at::Tensor& resize_(
     const at::Tensor& self, c10::SymIntArrayRef size, std::optional<at::MemoryFormat> format) {
   auto* impl = self.unsafeGetTensorImpl();
-  impl->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
+  const auto wanted = C10_AS_INTARRAYREF_SLOW(size);
+  if (wanted != impl->sizes()) { // a view of the right size keeps its strides
+    impl->set_sizes_contiguous(wanted);
+  }
   if (format && *format != at::MemoryFormat::Preserve) {
     impl->empty_tensor_restride(*format);
   }
@@ -586,6 +589,23 @@ at::Tensor& set_empty(at::Tensor& self) {
 
 void record_stream(at::Tensor&, c10::Stream) {}
 
+// CUDA's softmax can give float32 for half precision, in one pass and under autocast always; the CPU's cannot.
+template <at::Tensor (*function)(const at::Tensor&, int64_t, bool)>
+at::Tensor softmax(const at::Tensor& self, int64_t dim, bool half_to_float) {
+  counters.operations++;
+  InsideOperator inside;
+  const auto values = half_to_float ? on_cpu(self).to(at::kFloat) : on_cpu(self);
+  return function(values, dim, false).to(self.device());
+}
+
+template <at::Tensor (*function)(const at::Tensor&, const at::Tensor&, int64_t, at::ScalarType)>
+at::Tensor softmax_backward(
+    const at::Tensor& grad, const at::Tensor& output, int64_t dim, at::ScalarType input_dtype) {
+  counters.operations++;
+  InsideOperator inside;
+  return function(on_cpu(grad), on_cpu(output), dim, output.scalar_type()).to(input_dtype).to(grad.device());
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
@@ -612,6 +632,11 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("view", TORCH_FN(at::native::view));
   library.impl("view_as_complex", TORCH_FN(at::native::view_as_complex));
   library.impl("view_as_real", TORCH_FN(at::native::view_as_real));
+
+  library.impl("_softmax", softmax<at::_softmax>);
+  library.impl("_log_softmax", softmax<at::_log_softmax>);
+  library.impl("_softmax_backward_data", softmax_backward<at::_softmax_backward_data>);
+  library.impl("_log_softmax_backward_data", softmax_backward<at::_log_softmax_backward_data>);
 
   // torch's own kernel for any device looks for cuDNN's convolutions here.
   library.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());

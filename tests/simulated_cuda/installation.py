@@ -71,6 +71,11 @@ def _fill_in_bindings(torch) -> None:
 def _complete_module(torch) -> None:
     """What `torch.cuda` takes from its C++ half while it is imported, which is over."""
     cuda = torch.cuda
+    cuda._initialized = True
+    cuda._exchange_device = torch._C._cuda_exchangeDevice
+    cuda._maybe_exchange_device = torch._C._cuda_maybeExchangeDevice
+    cuda.default_generators = (torch.default_generator,) * cuda.device_count()
+    cuda.graphs._cuda_isCurrentStreamCapturing = lambda: False
     properties = types.SimpleNamespace(
         name="simulated CUDA",
         major=8,
@@ -79,25 +84,31 @@ def _complete_module(torch) -> None:
         multi_processor_count=1,
         gcnArchName="",
     )
+    cuda._get_device_properties = lambda index: properties
+
+    # Functions of their own: torch.compile tells them from those of torch.accelerator by identity.
+    def mem_get_info(device=None) -> tuple[int, int]:
+        return torch.accelerator.get_memory_info(device)
+
+    def current_stream(device=None) -> torch.Stream:
+        return torch.accelerator.current_stream(device)
 
     def default_stream(device=None) -> torch.Stream:
         index = cuda._utils._get_device_index(device, optional=True)
         return torch.Stream(stream_id=0, device_index=index, device_type=torch._C._autograd.DeviceType.CUDA.value)
 
-    cuda._initialized = True
-    cuda._exchange_device = torch._C._cuda_exchangeDevice
-    cuda._maybe_exchange_device = torch._C._cuda_maybeExchangeDevice
-    cuda._get_device_properties = lambda index: properties
-    cuda.default_generators = (torch.default_generator,) * cuda.device_count()
-    cuda.graphs._cuda_isCurrentStreamCapturing = lambda: False
-    cuda.mem_get_info = cuda.memory.mem_get_info = torch.accelerator.get_memory_info
+    def set_stream(stream: torch.Stream | None) -> None:
+        if stream is not None:
+            torch.accelerator.set_stream(stream)
 
+    def stream(stream: torch.Stream | None):
+        return stream or contextlib.nullcontext()
+
+    for function in (mem_get_info, current_stream, default_stream, set_stream, stream):
+        setattr(cuda, function.__name__, function)
+    cuda.memory.mem_get_info = mem_get_info
     cuda.Stream = cuda.streams.Stream = torch.Stream
     cuda.Event = cuda.streams.Event = torch.Event
-    cuda.stream = lambda stream: stream or contextlib.nullcontext()
-    cuda.set_stream = torch.accelerator.set_stream
-    cuda.current_stream = torch.accelerator.current_stream
-    cuda.default_stream = default_stream
 
 
 def _complete_storage(torch) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from second_device import run_on_second_device  # noqa: F401  (a fixture)
+from simulated_cuda.fixture import run_on_simulated_cuda  # noqa: F401  (a fixture)
 from strict_world import strict_world
 
 torch.set_num_threads(1)  # the tensors here are small, and sums keep their order

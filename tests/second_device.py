@@ -8,7 +8,7 @@ whole training step can be compared with the CPU's.
 What it does not do: storage (`safetensors` needs `.cpu()` first), streams, its own random numbers.
 
 The installation cannot be undone, so tests go through the fixture `run_on_second_device`, which runs a
-snippet in a process of its own. `torch`, `nn`, `F` and `DEVICE` are there without an import:
+snippet in a process of its own (see `snippets.py`):
 
     def test_it(run_on_second_device):
         run_on_second_device(\"\"\"
@@ -18,11 +18,6 @@ snippet in a process of its own. `torch`, `nn`, `F` and `DEVICE` are there witho
 
 from __future__ import annotations
 
-import os
-import runpy
-import subprocess
-import sys
-import textwrap
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +27,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+
+from snippets import run_snippet
 
 NAME = "fakegpu"
 COUNT = 2
@@ -252,38 +249,7 @@ def install() -> torch.device:
     return torch.device(NAME, 0)
 
 
-def run(path: str) -> None:
-    """Installs the device and executes the file at `path`; what the process behind the fixture does."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    device = install()
-    names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "DEVICE": device}
-    runpy.run_path(path, init_globals=names, run_name="__second_device__")
-
-
 @pytest.fixture
 def run_on_second_device(tmp_path: Path) -> Callable[[str], None]:
     """Executes a snippet in a process that has a second device; fails with the snippet's traceback."""
-    here = str(Path(__file__).parent)
-
-    def run_snippet(code: str) -> None:
-        snippet = tmp_path / "snippet.py"
-        snippet.write_text(textwrap.dedent(code), encoding="utf-8")
-        done = subprocess.run(
-            # Past the snippet, torch sometimes aborts while it tears down the autograd threads of a device that lives
-            # in Python; what the snippet checks is over by then, so leave without the teardown.
-            [
-                sys.executable,
-                "-c",
-                f"import os, sys, second_device; second_device.run({str(snippet)!r}); sys.stdout.flush(); os._exit(0)",
-            ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        if done.returncode:
-            pytest.fail(f"on the second device:\n{done.stdout}{done.stderr}", pytrace=False)
-
-    return run_snippet
+    return lambda code: run_snippet(code, tmp_path, device="second_device.install()")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 
 import nerine
+import simulated_cuda
 from devices.models import (
     CPU,
     SETTINGS,
@@ -47,7 +49,7 @@ Options = dict[str, float]
 Route = Callable[[Algorithm, Options], None]
 
 # Random draws are the CPU's own only on the simulated device.
-SAME_DRAWS = "+cu" not in torch.__version__
+SAME_DRAWS = simulated_cuda.is_simulated()
 
 
 def plain_run(algorithm: Algorithm, options: Options, kind: type[nn.Module] = Mixed) -> tuple[nn.Module, Network, Any]:
@@ -219,7 +221,8 @@ def offloaded(algorithm: Algorithm, options: Options) -> None:
     """accelerate keeps the weights in memory or on disk and brings them for each call."""
     for order in ("attach first", "attach last"):
         compare(algorithm, options, lambda model: cpu_offload(model, G), order)
-        compare(algorithm, options, lambda model: disk_offload(model, str(folder()), G), order)
+        if not options:
+            compare(algorithm, options, lambda model: disk_offload(model, str(folder()), G), order)
 
 
 def grouped(algorithm: Algorithm, options: Options) -> None:
@@ -481,17 +484,15 @@ ROUTES: dict[str, Route] = {
 }
 
 
-def run(names: list[str] | None = None, routes: list[str] | None = None) -> Iterator[tuple[str, str, str, str]]:
+def run(names: Iterable[str] = SETTINGS, routes: Iterable[str] = ROUTES) -> Iterator[tuple[str, str, str, str]]:
     """(route, algorithm, which of its forms, what went wrong or nothing) for every combination."""
-    for name in names or SETTINGS:
+    for name in names:
         for algorithm in algorithms_of(name):
             for options in dropouts_of(algorithm):
-                for route, function in ROUTES.items():
-                    if routes and route not in routes:
-                        continue
+                for route in routes:
                     failure = ""
                     try:
-                        function(algorithm, options)
-                    except Exception as error:
-                        failure = f"{type(error).__name__}: {error}"
+                        ROUTES[route](algorithm, options)
+                    except Exception:
+                        failure = traceback.format_exc(limit=-4)
                     yield route, name, f"{algorithm}, {'dropouts' if options else 'no dropout'}", failure

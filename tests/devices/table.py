@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "devices.md"
+TESTS = Path(__file__).parents[1]
+DOCUMENT = TESTS.parent / "docs" / "devices.md"
 START, END = "<!-- routes: written by tests/devices/table.py -->", "<!-- end of routes -->"
 
 Row = tuple[str, str, str, str]  # route, algorithm, form, what went wrong
@@ -40,11 +42,17 @@ def recorded() -> dict[tuple[str, str], str]:
     return {(row[0], name): cell for row in table[2:] for name, cell in zip(names, row[1:], strict=True)}
 
 
+def library() -> str:
+    """The compiled device; by a process of its own, for compiling imports torch, which must come after installing."""
+    program = "from simulated_cuda import build; print(build.library())"
+    found = subprocess.run([sys.executable, "-c", program], cwd=TESTS, check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
 def main() -> None:
     import simulated_cuda
-    from simulated_cuda import build
 
-    simulated_cuda.install(str(build.library()))
+    simulated_cuda.install(library())
     from devices import routes
 
     rows = []

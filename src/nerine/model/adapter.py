@@ -157,7 +157,7 @@ class Adapter(nn.Module):
         self.pending = ""
         self._seen_at = 0
         self.was_split = False  # when its memory was made, after the base had been on meta
-        self._first: weakref.WeakValueDictionary[str, nn.Parameter] = weakref.WeakValueDictionary()
+        self._first: dict[str, nn.Parameter] = {}
         layout = algorithm.layout_of(params.tensors)
         for name, tensor in params.tensors.items():
             if name == "scalar" or layout.specs[name].trained:
@@ -235,7 +235,7 @@ class Adapter(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._first = weakref.WeakValueDictionary()
+        self._first = {}
         self._watch(*self._parameters)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
@@ -266,7 +266,10 @@ class Adapter(nn.Module):
     def has_moved(self) -> bool:
         """Whether the tensors have gone elsewhere since this was asked; never for those of distributed engines."""
         first = next(iter(self._parameters.values()))
-        if type(first) is not nn.Parameter or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return False
+        if type(first) is not nn.Parameter:
+            self._first.clear()
             return False
         before, self._seen_at = self._seen_at, first.data_ptr()
         return before != self._seen_at

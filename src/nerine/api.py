@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from nerine.algorithms import Algorithm, Params
-from nerine.errors import FormatError, OptionError, nearest
+from nerine.errors import DeviceError, FormatError, OptionError, nearest
 from nerine.files.checkpoint import Checkpoint, Record, SaveReport
 from nerine.files.dialects import DIALECTS
 from nerine.files.meta import write_meta
 from nerine.files.store import Source, open_file, write_file
 from nerine.model.adapter import Noise, check_strength
 from nerine.model.fitting import Fitting, check_name, fit_in
-from nerine.model.mount import weight_at
+from nerine.model.mount import original_at, settle, weight_at
 from nerine.model.network import Network
+from nerine.model.offload import present
+from nerine.model.sharded import at_rest, check_engines, only_first, whole
 from nerine.model.targets import every_spot
 from nerine.site import Site
 from nerine.version import __version__
@@ -42,7 +44,8 @@ def save(
     """Write the adapters of `network` to a safetensors file, whole or not at all.
 
     `dtype` casts the tensors (None: as trained; alpha and magnitudes always stay in fp32). `metadata` is added to
-    what nerine writes about settings, layers and version. The same adapters give the same bytes.
+    what nerine writes about settings, layers and version. The same adapters give the same bytes. Where processes hold
+    pieces of the tensors (FSDP2, tensor parallel, ZeRO-3) all of them must call this; the first of them writes.
 
     Raises:
         OptionError: an unknown dialect or dtype, or a network of several names (save `network["name"]`).
@@ -58,27 +61,34 @@ def save(
     for key, value in other.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in ("nerine", "format"):
             raise OptionError(f"metadata is text to text and not 'nerine' or 'format', got {key!r}: {value!r}")
-    records = _records(network)
+    with present(network.model):
+        records = _records(network)
     tensors = DIALECTS[dialect].write(records, dtype)
     meta = write_meta({path: record.algorithm for path, record in records.items()}, __version__, other)
-    size = write_file(file, tensors, meta)
+    held = (t for h, _, _, a in network.placed() for t in (*h._parameters.values(), *a.parameters()) if t is not None)
+    size = only_first(held, lambda: write_file(file, tensors, meta))
     return SaveReport(os.fspath(file), dialect, len(records), len(tensors), size, tuple(_notes(network)))
 
 
 def _records(network: Network) -> dict[str, Record]:
     records = {}
     for holder, mount, _, adapter in network.placed():
-        base = weight_at(holder, mount) if mount.original is None else mount.original[0]
+        settle(holder, mount)
+        if adapter.pending == "start":
+            raise DeviceError(
+                f"{mount.path}: the base is on meta, so its adapter has no values yet; load its weights first"
+            )
+        base = original_at(holder, mount).detach()
         with torch.no_grad():
             p = adapter.folded()
             if not adapter.site.experts:
-                p = adapter.algorithm.for_file(p, base.detach())
+                p = adapter.algorithm.for_file(p.filled(t.to(base.device) for t in p.tensors.values()), base)
         records[mount.path] = Record(adapter.algorithm, adapter.site, p.filled(t.detach() for t in p.tensors.values()))
     return records
 
 
 def _notes(network: Network) -> list[str]:
-    bad = [key for key, t in network.state_dict().items() if not torch.isfinite(t).all()]
+    bad = [key for key, t in network.state_dict().items() if not torch.isfinite(whole(t)).all()]
     notes = [f"not finite: {key}" for key in bad]
     if any(adapter.strength != 1 for *_, adapter in network.adapters()):
         notes.append("strengths are not part of the file: it holds the adapter at strength 1")
@@ -120,16 +130,19 @@ def load(
     check_strength(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
+    check_engines(model)
     with open_file(file) as source:
         spots = every_spot(model, _rows_in(source.keys))
         sites = {path: spot.site for path, spot in spots.items()}
         checkpoint = _read(source, sites, strict, algorithms=algorithms)
+    check_engines(model, [(path, spots[path].holder) for path in checkpoint.records])
     fittings, notes = [], []
-    for path, record in checkpoint.records.items():
-        weight = weight_at(spots[path].holder, spots[path]).detach()
-        params, note = _completed(record, weight)
-        notes += [f"{path}: {note}"] if note else []
-        fittings.append(Fitting(spots[path], record.algorithm, _placed(params, weight), strength=strength))
+    with present(model):
+        for path, record in checkpoint.records.items():
+            weight = weight_at(spots[path].holder, spots[path]).detach()
+            params, note = _completed(record, weight)
+            notes += [f"{path}: {note}"] if note else []
+            fittings.append(Fitting(spots[path], record.algorithm, _placed(params, weight), strength=strength))
     network, _ = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
     network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))
     return network
@@ -173,7 +186,8 @@ def _read(
 def _placed(params: Params, weight: torch.Tensor) -> Params:
     """Tensors on the device of their layer, in the format in which a fresh adapter would be."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return params.filled(t.to(device=weight.device, dtype=dtype) for t in params.tensors.values())
+    device = "cpu" if weight.is_meta else weight.device  # on meta the values would be lost
+    return params.filled(t.to(device=device, dtype=dtype) for t in params.tensors.values())
 
 
 def _resume(
@@ -193,6 +207,7 @@ def _resume(
         found[path] = adapter.algorithm.from_file(params)
         adapter.check_same(record.algorithm, found[path])
     network.not_merged("load tensors")
+    at_rest(network.model)
     for path, params in found.items():
         placed[path][2].take(params)
     network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))

@@ -6,6 +6,7 @@
     ├── TargetError      (LookupError)   no layer was matched, or one was matched that must not be
     ├── FormatError      (ValueError)    a file that cannot be read, is damaged, or belongs to another model
     ├── UnsupportedBase  (TypeError)     a layer whose weight nerine cannot adapt
+    ├── DeviceError      (RuntimeError)  a layer, its input and its adapter on devices that do not go together
     ├── MergeError       (RuntimeError)  merging at a time when the result would be wrong
     └── MissingExtra     (ImportError)   an optional part that is not installed
 
@@ -18,6 +19,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "DeviceError",
     "FormatError",
     "MergeError",
     "MissingExtra",
@@ -52,6 +54,10 @@ class FormatError(NerineError, ValueError):
 
 class UnsupportedBase(NerineError, TypeError):
     """A layer whose weight nerine does not know how to adapt."""
+
+
+class DeviceError(NerineError, RuntimeError):
+    """A layer, its input and its adapter on devices that do not go together."""
 
 
 class MergeError(NerineError, RuntimeError):

@@ -15,6 +15,7 @@ KINDS = {
     "TargetError": LookupError,
     "FormatError": ValueError,
     "UnsupportedBase": TypeError,
+    "DeviceError": RuntimeError,
     "MergeError": RuntimeError,
     "MissingExtra": ImportError,
 }

@@ -6,10 +6,12 @@ call of the layer sees them. It knows no layer: it is handed activations.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from nerine.algorithms import Algorithm, Design, Params, prefers_weight
 from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
+from nerine.model.offload import computes_on, unhook
+from nerine.model.sharded import copy_into, is_split, shape_of, whole
+from nerine.ops.precision import wide
 from nerine.site import Site
 
 __all__ = ["Adapter", "Context", "Drawn", "Noise", "check_strength", "start"]
@@ -45,9 +50,17 @@ class Noise:
 
 @dataclass
 class Context:
-    """What all adapters of a network are told about a step: the timesteps of its batch, 0-d or `[batch]`."""
+    """What all adapters of a network share: the timesteps of the batch, 0-d or `[batch]`, and whose adapters they are.
+
+    `looks` counts how often the model was searched for engines that move its weights, when an adapter had moved.
+    """
 
     timestep: Tensor | None = None
+    model: weakref.ref[nn.Module] | None = None
+    looks: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None}  # a copy of the adapters belongs to a copy of the model
 
 
 class Drawn(NamedTuple):
@@ -78,6 +91,38 @@ def _by_expert(p: Params, weight: Tensor) -> Iterator[tuple[Params, Tensor]]:
         yield p.filled(tensors), one
 
 
+def _bring_grad_home(parameter: Tensor) -> None:
+    """Move a gradient to its parameter, which an engine may have moved between forward and backward.
+
+    The next one will come from that other device again, and then this one has to meet it there.
+    """
+    grad = parameter.grad
+    if grad is None or grad.device == parameter.device:
+        return
+    parameter.grad = None
+    parameter.grad = grad.to(parameter.device)
+    if not parameter._backward_hooks:
+
+        def meet(new: Tensor) -> None:
+            own = parameter.grad
+            if own is not None and own.device != new.device:
+                own.data = own.data.to(new.device)
+
+        parameter.register_hook(meet)
+
+
+def _moved(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """What `Module.to` and its kin make of a tensor, in the number format that it has.
+
+    Real values survive `to_empty` as well, for no checkpoint of the base has them.
+    """
+    probe = t.new_empty(0)
+    there = fn(probe)
+    if there is probe:  # done in place, or nothing to do
+        return fn(t)
+    return torch.empty_like(t, device=there.device) if t.is_meta and not there.is_meta else t.to(there.device)
+
+
 class Adapter(nn.Module):
     """The parameters of one algorithm at one layer, under their canonical names ("up", "w1_a", "magnitude", ...).
 
@@ -96,6 +141,7 @@ class Adapter(nn.Module):
         strength: float = 1.0,
         lr: float | None = None,
         where: str = "layer",
+        belongs: bool = False,
     ) -> None:
         super().__init__()
         self.algorithm = algorithm
@@ -106,7 +152,12 @@ class Adapter(nn.Module):
         self.strength = float(strength)
         self.lr = lr
         self.where = where
+        self.belongs = belongs
         self.names = tuple(params.tensors)
+        self.pending = ""
+        self._seen_at = 0
+        self.was_split = False  # when its memory was made, after the base had been on meta
+        self._first: weakref.WeakValueDictionary[str, nn.Parameter] = weakref.WeakValueDictionary()
         layout = algorithm.layout_of(params.tensors)
         for name, tensor in params.tensors.items():
             if name == "scalar" or layout.specs[name].trained:
@@ -121,11 +172,15 @@ class Adapter(nn.Module):
         if self.noise.rank_dropout and not self.gates:
             raise OptionError(f"{where}: {algorithm} names no axis along which ranks could be dropped (rank_dropout)")
         self.prefers_weight = prefers_weight(algorithm.cost(site, Design(layout, sizes)), site.dense)
+        if any(t.is_meta for t in params.tensors.values()):
+            self.pending = "start"
+        self._watch(*self._parameters)
+        self.draws_itself = getattr(algorithm, "inner", algorithm).__class__.draw is not Algorithm.draw
         self.has_gate = getattr(algorithm, "inner", algorithm).__class__.gate is not Algorithm.gate
 
     def params(self) -> Params:
-        """The tensors as they are stored, a learned scalar among them."""
-        return Params({name: getattr(self, name) for name in self.names}, self.scale)
+        """The tensors as they are stored, a learned scalar among them; gathered where an engine has split them."""
+        return Params({name: whole(getattr(self, name)) for name in self.names}, self.scale)
 
     def folded(self) -> Params:
         """The tensors with a learned scalar multiplied into its carriers: what a file holds."""
@@ -137,9 +192,16 @@ class Adapter(nn.Module):
             **{name: p.tensors[name] * scalar.reshape(-1, *[1] * (p.tensors[name].dim() - 1)) for name in self.carriers}
         )
 
+    def ready(self, device: torch.device) -> Params:
+        """`folded` as algorithms want them: on one device, in at least fp32."""
+        p = self.folded()
+        if any(t.device != device or t.dtype.itemsize < 4 for t in p.tensors.values()):
+            p = p.filled(wide(t).to(device) for t in p.tensors.values())
+        return p
+
     def check_same(self, algorithm: Algorithm, params: Params) -> None:
         """Raise where `params` of `algorithm` cannot take the place of these tensors."""
-        own = {name: tuple(t.shape) for name, t in self.folded().tensors.items()}
+        own = {name: shape_of(getattr(self, name)) for name in self.names if name != "scalar"}
         new = {name: tuple(t.shape) for name, t in params.tensors.items()}
         axes = getattr(self.algorithm, "axis", None), getattr(algorithm, "axis", None)
         if own != new or axes[0] != axes[1]:
@@ -152,17 +214,118 @@ class Adapter(nn.Module):
         """Copy `params` into these tensors; a learned scalar becomes one, for it is in the carrier already."""
         with torch.no_grad():
             for name, t in params.tensors.items():
-                getattr(self, name).copy_(t)
+                own = getattr(self, name)
+                self.put(name, t.to(own.dtype) if own.is_meta else t.to(own.device, own.dtype))
+            self.pending = "place" if self.pending else ""
             if "scalar" in self.names:
-                getattr(self, "scalar").fill_(1.0)  # noqa: B009
+                copy_into(getattr(self, "scalar"), torch.ones(1))  # noqa: B009
         self.scale = float(params.scale)
 
+    # -- where it is ---------------------------------------------------------------------------------------------
+    def _watch(self, *names: str) -> None:
+        """Keep gradients where their parameters are, and remember the parameters that an optimiser may hold."""
+        for name in names:
+            parameter = self._parameters[name]
+            assert parameter is not None
+            self._first[name] = parameter
+            parameter.register_post_accumulate_grad_hook(_bring_grad_home)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_first"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._first = weakref.WeakValueDictionary()
+        self._watch(*self._parameters)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Go where the layer goes, but stay in the own number format: a base that is cast, once or for every call,
+        must not round what is trained. `cast` and the methods of `Network` change the format."""
+        if self.pending:
+            self.was_split = any(is_split(getattr(self, name)) for name in self.names)
+        super()._apply(functools.partial(_moved, fn), recurse)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        """Move, and cast as well where a dtype is given: said of the adapter itself it is meant."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        moved = self if device is None else super().to(device)
+        return moved if dtype is None else moved.cast(dtype)
+
+    def cast(self, dtype: torch.dtype) -> Adapter:
+        """Change the number format of its tensors."""
+        super()._apply(lambda t: t.to(dtype))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        device: torch.device = getattr(self, self.names[0]).device
+        return device
+
+    def has_moved(self) -> bool:
+        """Whether the tensors have gone elsewhere since this was asked; never for those of distributed engines."""
+        first = next(iter(self._parameters.values()))
+        if type(first) is not nn.Parameter or torch.compiler.is_compiling():
+            return False
+        before, self._seen_at = self._seen_at, first.data_ptr()
+        return before != self._seen_at
+
+    def place(self, device: torch.device) -> None:
+        """Move the tensors, if they are elsewhere."""
+        if any(getattr(self, name).device != device for name in self.names):
+            self.to(device)
+
+    def settle(self, fresh: Params | None, device: torch.device) -> None:
+        """Take values that had to wait for a real weight, on its device."""
+        for name in self.names:
+            own = getattr(self, name)
+            value = own if fresh is None else fresh.tensors[name]
+            self.put(name, value.detach().to(device, own.dtype))
+        self.pending = ""
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Copy values into the tensor `name`; one that has no memory yet gets it."""
+        own = getattr(self, name)
+        if not own.is_meta and own.device == value.device:
+            copy_into(own, value)
+        elif name in self._parameters:
+            self._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=own.requires_grad)
+            self._watch(name)
+        else:
+            self._buffers[name] = value.contiguous()
+
+    def reclaim(self) -> None:
+        """Take the tensors back from an engine that handles the adapter as one more layer of the model.
+
+        accelerate puts other parameters in the place of those that it moves; the first ones, which an optimiser may
+        hold, return.
+        """
+        device = computes_on(self)
+        values = unhook(self)
+        for name in self.names:
+            value = values.get(name, getattr(self, name)).detach()
+            first = self._first.get(name)
+            if first is not None:
+                first.data = value
+                self._parameters[name] = first
+            elif getattr(self, name).is_meta:
+                self.put(name, value)
+        if device is not None:
+            self.place(device)
+
     # -- one call ------------------------------------------------------------------------------------------------
+    def __call__(self, x: Tensor) -> Drawn:
+        """`forward`, for ZeRO-3 without its hooks: it would take the tensors away again before the layer is done.
+
+        Met outside of their own module they stay as long as the layer whose forward runs.
+        """
+        drawn: Drawn = self.forward(x) if hasattr(getattr(self, self.names[0]), "ds_id") else super().__call__(x)
+        return drawn
+
     def forward(self, x: Tensor) -> Drawn:
         """The tensors for a call with the activation `x`: on its device, with scalar, time and chance in them."""
-        p = self.folded()
-        if any(t.device != x.device for t in p.tensors.values()):
-            p = p.filled(t.to(x.device) for t in p.tensors.values())
+        p = self.ready(x.device)
         if not self.training:
             return Drawn(p)
         p = self.algorithm.draw(p, lambda: torch.rand((), device=x.device))
@@ -203,6 +366,13 @@ class Adapter(nn.Module):
         return self.strength == 1.0 and not (self.training and (self.noise.dropout or self.noise.module_dropout))
 
     @property
+    def draws(self) -> bool:
+        """Whether chance takes part in this call."""
+        noise = self.noise
+        by_chance = bool(noise.dropout or noise.rank_dropout or noise.module_dropout)
+        return self.training and (by_chance or self.draws_itself)
+
+    @property
     def has_dropout(self) -> bool:
         """Whether single values of the deviation are dropped in this call."""
         return self.training and bool(self.noise.dropout)
@@ -229,7 +399,7 @@ class Adapter(nn.Module):
 
     def size(self, weight: Tensor) -> Tensor:
         """|W' - W| over all entries, 0-d."""
-        p = self.folded()
+        p = self.ready(weight.device)
         if not self.site.experts:
             return self.algorithm.size(p, weight)
         sizes = [self.algorithm.size(one, w) for one, w in _by_expert(p, weight)]
@@ -240,7 +410,7 @@ class Adapter(nn.Module):
         """Multiply the deviation by a 0-d `factor` through its carriers; of a rotation only roughly."""
         for name in self.carriers:
             t = getattr(self, name)
-            t.mul_(factor.to(t.dtype))
+            copy_into(t, whole(t) * factor.to(t.device, t.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.algorithm}, strength={self.strength:g}"

@@ -2,13 +2,14 @@
 
 An adapted module keeps its class, its weights and its keys. The module that holds the weight gets a `Mount` and a child
 module `nerine` with the adapters it owns; the module whose forward uses the weight (mostly the same one) gets one
-instance attribute `forward`, inside the hooks of accelerate where there are any. Removing the last adapter removes all.
+instance attribute `forward`, inside the hooks of accelerate and diffusers. Removing the last adapter removes all.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import types
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from nerine.model.adapter import Adapter
 from nerine.model.forward import adapted_forward
 from nerine.model.merge import unmerge_layer
 from nerine.model.mount import MOUNTS, USES, Mount, Spot, adapters_of, mounts_of, owned
+from nerine.model.offload import forward_slots, innermost
 
 __all__ = ["check_free", "put_on", "take_off"]
 
@@ -59,8 +61,8 @@ def put_on(spot: Spot, name: str, adapter: Adapter, own: bool) -> None:
         mount = mounts[spot.key] = Mount(spot.path, spot.site, spot.attr, spot.rows, child)
         uses = caller.__dict__.setdefault(USES, [])
         if not uses:
-            slot = _slot(caller)
-            caller.__dict__[slot] = functools.partial(adapted_forward, caller, caller.__dict__.get(slot))
+            (space, key), before = innermost(caller)
+            space[key] = functools.partial(adapted_forward, caller, before)
         uses.append((holder, mount))
     adapter.train(holder.training)
     if own:
@@ -101,19 +103,13 @@ def _forget(caller: nn.Module, holder: nn.Module, mount: Mount) -> None:
         _restore_forward(caller)
 
 
-def _slot(layer: nn.Module) -> str:
-    """The attribute that holds the forward to replace: accelerate's hooks keep the real one in `_old_forward`."""
-    return "_old_forward" if "_hf_hook" in layer.__dict__ and "_old_forward" in layer.__dict__ else "forward"
-
-
 def _restore_forward(layer: nn.Module) -> None:
-    for slot in ("forward", "_old_forward"):
-        ours = layer.__dict__.get(slot)
+    """Take our forward out of whatever holds it now; hooks that came later are around it."""
+    for space, key in forward_slots(layer):
+        ours = space.get(key)
         if isinstance(ours, functools.partial) and ours.func is adapted_forward:
             before = ours.args[1]
-            if before is not None:
-                layer.__dict__[slot] = before
-            elif slot == "forward":
-                del layer.__dict__[slot]
+            if space is layer.__dict__ and key == "forward" and before is None:
+                del space[key]
             else:
-                layer.__dict__[slot] = functools.partial(type(layer).forward, layer)
+                space[key] = types.MethodType(type(layer).forward, layer) if before is None else before

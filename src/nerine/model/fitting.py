@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,11 @@ from nerine.model.fast_path import keep_from_fast_paths
 from nerine.model.layer import bias_name
 from nerine.model.mount import Spot, adapters_of, mounts_of, weight_at
 from nerine.model.network import Network
+from nerine.model.offload import Groups, computes_on, present
 from nerine.model.reports import AttachReport
+from nerine.model.sharded import check_engines, made_alike
 from nerine.model.targets import Rule, Targets, find_targets
+from nerine.ops.precision import full_precision
 
 __all__ = ["Fitting", "attach", "check_name", "fit_in"]
 
@@ -78,14 +82,21 @@ def attach(
     """
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
+    check_engines(model)
     chosen, skipped = find_targets(model, what, targets, train_norm)
+    check_engines(model, [(t.spot.path, t.spot.holder) for t in chosen])
     fittings = []
-    for target in chosen:
-        spot, rule = target.spot, target.rule
-        params = start(target.algorithm, spot.site, weight_at(spot.holder, spot).detach(), generator)
-        fittings.append(Fitting(spot, target.algorithm, params, rule.lr, rule.strength))
+    with present(model):
+        for target in chosen:
+            spot, rule = target.spot, target.rule
+            weight = weight_at(spot.holder, spot).detach()
+            with full_precision(weight):
+                params = start(target.algorithm, spot.site, weight, generator)
+            params = params.filled(made_alike(spot.holder._parameters[spot.attr], params.tensors.values()))
+            fittings.append(Fitting(spot, target.algorithm, params, rule.lr, rule.strength))
     network, frozen = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
     notes = {t.algorithm.design(t.spot.site).note for t in chosen} - {""}
+    notes |= _notes_on_places(network)
     notes |= {
         f"shares its weight with {mount.shared_with}: {mount.path}"
         for _, mount in network._mounts()
@@ -106,7 +117,7 @@ def fit_in(
     model: nn.Module, fittings: Sequence[Fitting], name: str, *, own: bool, freeze: bool, noise: Noise
 ) -> tuple[Network, int]:
     """Put the adapters on their layers and freeze the rest; returns the handle and how many parameters were frozen."""
-    context = Context()
+    context, groups = Context(model=weakref.ref(model)), Groups(model)
     ready = [
         (
             f.spot,
@@ -119,6 +130,7 @@ def fit_in(
                 strength=f.strength,
                 lr=f.lr,
                 where=f.spot.path,
+                belongs=own,
             ),
         )
         for f in fittings
@@ -143,10 +155,38 @@ def fit_in(
         for parameter in network._unfreeze:
             parameter.requires_grad_(False)
     for spot, adapter in ready:
-        put_on(spot, name, adapter, own)
+        own_parameter = spot.holder._parameters[spot.attr]
+        moved_to = groups.device_of(own_parameter)
+        _place(adapter, moved_to or computes_on(spot.holder) or own_parameter.device)  # type: ignore[union-attr]
+        adapter.has_moved()  # seen, where it is now
+        put_on(spot, name, adapter, own and moved_to is None)
+    holders = {id(spot.holder) for spot, _ in ready}
+    network._holders = {p: type(m).__name__ for p, m in model.named_modules() if id(m) in holders}
     _note_shared(model)
     keep_from_fast_paths(model)
     return network, len(network._unfreeze)
+
+
+def _place(adapter: Adapter, device: torch.device) -> None:
+    """Put a new adapter where its layer computes; what cannot be decided before the base has its weights waits."""
+    if device.type != "meta" and adapter.pending != "start":
+        adapter.place(device)
+    elif not adapter.pending:
+        adapter.pending = "place" if adapter.device.type != "meta" else "start"
+
+
+def _notes_on_places(network: Network) -> set[str]:
+    """What is out of the ordinary about where adapters are."""
+    placed = list(network.placed())
+    notes = set()
+    if any(name in mount.loose and adapter.belongs for _, mount, name, adapter in placed):
+        notes.add(
+            "diffusers moves these layers in groups: the adapters are no child modules of theirs and stay where the "
+            "layers compute; network.parameters() has them, model.parameters() does not"
+        )
+    if any(adapter.pending for *_, adapter in placed):
+        notes.add("the base has no weights yet: the adapters get their values at the first call that has some")
+    return notes
 
 
 def _note_shared(model: nn.Module) -> None:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from nerine.algorithms import Call
+from nerine.errors import DeviceError, UnsupportedBase
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import call_site, plain_forward
-from nerine.model.mount import USES, Mount, Use, adapters_of, bias_at, dtype_at, weight_at
+from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, keep_from_groups, settle
+from nerine.model.sharded import check_known_to_engine, drawn_alike, is_split, like, whole
 from nerine.model.sums import summed, summed_bias
 from nerine.model.through_module import through_module
 from nerine.ops.precision import compute_dtype, same_dtype
@@ -28,9 +30,40 @@ __all__ = ["adapted_forward"]
 
 
 def _active(holder: nn.Module, mount: Mount) -> list[Adapter]:
-    return [
+    found = [
         a for name, a in adapters_of(holder, mount) if a.strength and name not in mount.off and name not in mount.merged
     ]
+    for adapter in found:
+        if adapter.pending:
+            settle(holder, mount)
+        if adapter.belongs and adapter.has_moved():
+            keep_from_groups(adapter)
+    return found
+
+
+def _check_places(is_plain: bool, found: list[tuple[nn.Module, Mount, list[Adapter]]], x: Any) -> None:
+    """Whether the input, the weight and the adapters are where they can work together.
+
+    A layer whose forward is not that of its class may move its own weight. Adapters that a host owns come along.
+
+    Raises:
+        DeviceError: they are on different devices.
+    """
+    if not isinstance(x, Tensor):
+        return
+    for holder, mount, active in found:
+        weight: Tensor = holder._parameters[mount.attr]  # type: ignore[assignment]
+        if weight.device != x.device and is_plain:
+            does = "load its weights" if weight.is_meta else f'call model.to("{x.device}")'
+            raise DeviceError(
+                f"{mount.path}: the weight is on {weight.device} and its input on {x.device}: {does} first"
+            )
+        for adapter in active:
+            if adapter.belongs and adapter.device != x.device == weight.device:
+                raise DeviceError(
+                    f"{mount.path}: its adapter is on {adapter.device}, the weight and its input on {x.device}: "
+                    f'call network.to("{x.device}"), or move the model as a whole, with its adapters'
+                )
 
 
 def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -41,8 +74,14 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
     if not torch.compiler.is_compiling():  # a flag that changes would make the compiler start again
         for _, mount in uses:
             mount.has_run = True
+        for _, mount, active in found:
+            for adapter in active:
+                check_known_to_engine(mount.path, adapter.parameters(), adapter.belongs)
     if not any(active for *_, active in found):
         return base(*args, **kwargs)
+    _check_places(before is None and plain_forward(layer), found, _input_of(args, kwargs))
+    if any(is_split(holder._parameters[mount.attr]) for holder, mount, _ in found):
+        return _on_mesh(layer, base, found, args, kwargs)
     if any(mount.site.opaque for _, mount, _ in found):
         return through_module(layer, base, found, args, kwargs)
     if len(found) == 1 and found[0][1].rows is None:
@@ -69,20 +108,33 @@ def _whole(
     x = _input_of(args, kwargs)
     drawn = [(adapter, adapter(x)) for adapter in active]
     alone = active[0] if len(active) == 1 else None
-    if _loses_nothing(x, dtype_at(layer, mount), drawn):
+    weight = Weight(layer, mount, x.device)
+    if _loses_nothing(x, dtype_at(layer, mount), drawn) and not weight.rounds_input:
         if alone is not None:
-            y = _by_input(layer, base, mount, site, (alone, drawn[0][1]), args, kwargs)
+            y = _by_input(layer, base, weight, site, (alone, drawn[0][1]), args, kwargs)
             if y is not None:
                 return y
-        if before is None and any(adapter.prefers_weight for adapter in active) and plain_forward(layer):
+        is_open = before is None and weight.storage is None and plain_forward(layer)
+        if is_open and any(adapter.prefers_weight for adapter in active):
             return _weight_path(layer, mount, site, drawn, x)
     y = base(*args, **kwargs)
-    call = Call(site, x, y, bias_at(layer, mount), lambda: weight_at(layer, mount))
-    if alone is not None and alone.is_plain:
-        fresh, (_, (params, gate)) = before is None and plain_forward(layer), drawn[0]
-        y = alone.algorithm.output(params, replace(call, fresh=fresh, gate=gate))
-        shift = alone.algorithm.shift(params)
-        return y if shift is None else y + same_dtype(site.over_channels(shift), y)
+    if weight.storage is not None and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+        raise UnsupportedBase(
+            f"{mount.path}: the layer ({weight.storage.name}) passes no gradient to its input, so that nothing before "
+            "it could learn; train on a base that rounds weights alone, or call the model without gradients"
+        )
+    with weight.unkept():
+        return _beside(layer, before is None, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
+
+
+def _beside(layer: nn.Module, is_own: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
+    """The layer's output `y` with the deviations of all adapters added."""
+    (first, (params, gate)), *others = drawn
+    if not others and first.is_plain:
+        fresh = is_own and plain_forward(layer)
+        y = first.algorithm.output(params, replace(call, fresh=fresh, gate=gate))
+        shift = first.algorithm.shift(params)
+        return y if shift is None else y + same_dtype(call.site.over_channels(shift), y)
     for adapter, now in drawn:
         y = y + same_dtype(_deviation(adapter, now, call), y)
     return y
@@ -91,7 +143,7 @@ def _whole(
 def _by_input(
     layer: nn.Module,
     base: Callable[..., Any],
-    mount: Mount,
+    weight: Weight,
     site: Site,
     drawn: tuple[Adapter, Drawn],
     args: tuple[Any, ...],
@@ -100,15 +152,16 @@ def _by_input(
     """The layer's own forward on another input, where the adapter can act so; None where it cannot."""
     (adapter, now), x = drawn, _input_of(args, kwargs)
     strength = None if adapter.is_plain else functools.partial(adapter.call_strength, x)
-    weight = functools.partial(weight_at, layer, mount)
-    found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
+    with weight.unkept():
+        found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
     if found is None:
         return None
     y: Tensor = base(found.x, *args[1:]) if args else base(**{**kwargs, next(iter(kwargs)): found.x})
     shift = adapter.algorithm.shift(now.params)
     if found.then is not None:
         algorithm, p = found.then
-        y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, mount), weight)), y)
+        with weight.unkept():
+            y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, weight.mount), weight)), y)
     return y if shift is None else y + same_dtype(site.over_channels(shift), y)
 
 
@@ -144,6 +197,28 @@ def _deviation(adapter: Adapter, now: Drawn, call: Call) -> Tensor:
     return adapter.weighted(d)
 
 
+def _on_mesh(
+    layer: nn.Module,
+    base: Callable[..., Any],
+    found: list[tuple[nn.Module, Mount, list[Adapter]]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """A layer whose weight is split over a mesh of processes (tensor parallel).
+
+    Each of them works out the whole deviation of the gathered input, all alike; so every tensor of an adapter is whole
+    in each process and has its whole gradient there.
+    """
+    out = base(*args, **kwargs)
+    x, y = whole(_input_of(args, kwargs)), whole(out)
+    for holder, mount, active in found:
+        with drawn_alike(holder._parameters[mount.attr], any(adapter.draws for adapter in active)):
+            y = _on_rows(y, holder, mount, active, x)
+    if found[0][1].site.kind == "embedding":
+        y = _without_padding(layer, y, x)
+    return like(y, out)
+
+
 def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], x: Tensor) -> Tensor:
     """`y` with the deviations of adapters on some rows of the weight added to those outputs."""
     if not active:
@@ -151,10 +226,14 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     start, stop = mount.rows or (0, mount.site.shape[0])
     dim = y.dim() + mount.site.channel
     part = y.narrow(dim, start, stop - start)
-    call = Call(mount.site, x, part, bias_at(holder, mount), lambda: weight_at(holder, mount))
+    weight = Weight(holder, mount, x.device)
+    call = Call(mount.site, x, part, bias_at(holder, mount), weight)
     changed = part
-    for adapter in active:
-        changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
+    with weight.unkept():
+        for adapter in active:
+            changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
+    if mount.rows is None:
+        return changed
     return torch.cat([y.narrow(dim, 0, start), changed, y.narrow(dim, stop, y.shape[dim] - stop)], dim)
 
 
@@ -163,4 +242,4 @@ def _weight_path(layer: nn.Module, mount: Mount, site: Site, drawn: list[tuple[A
     shares = [(adapter, now.params, adapter.call_strength(x)) for adapter, now in drawn]
     build, tensors = summed(shares)
     bias = summed_bias(shares, bias_at(layer, mount))
-    return contract(site, x, build, [weight_at(layer, mount), *tensors], lambda x, *_: site.prepared(x), bias)
+    return contract(site, x, build, [Weight(layer, mount, x.device)(), *tensors], lambda x, *_: site.prepared(x), bias)

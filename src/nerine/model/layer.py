@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from nerine.errors import UnsupportedBase
+from nerine.model.sharded import is_partitioned, is_split, shape_of
+from nerine.model.storage import shape_at, storage_of
 from nerine.site import Site
 
 __all__ = [
@@ -60,25 +62,26 @@ class _Kind:
 
 
 def _linear_site(module: nn.Linear) -> Site:
-    if tuple(module.weight.shape) != (module.out_features, module.in_features):
-        raise UnsupportedBase(f"the weight is packed or sharded: shape {tuple(module.weight.shape)}")
-    return Site("linear", tuple(module.weight.shape))
+    shape = shape_at(module)
+    if storage_of(module, module.weight) is None and shape_of(module.weight) != shape:
+        raise UnsupportedBase(f"the weight is packed or sharded: shape {shape_of(module.weight)}")
+    return Site("linear", shape)
 
 
 def _gpt_site(module: Any) -> Site:
-    inputs, out = module.weight.shape
+    inputs, out = shape_of(module.weight)
     return Site("linear", (out, inputs), flipped=True)
 
 
 def _embedding_site(module: nn.Embedding) -> Site:
     if module.max_norm is not None:
         raise UnsupportedBase("an embedding with max_norm changes its own weight when it is called")
-    tokens, width = module.weight.shape
+    tokens, width = shape_of(module.weight)
     return Site("embedding", (width, tokens), flipped=True)
 
 
 def _norm_site(module: nn.Module) -> Site:
-    return Site("norm", tuple(module.weight.shape), opaque=True)  # type: ignore[arg-type]
+    return Site("norm", shape_of(module.weight), opaque=True)  # type: ignore[arg-type]
 
 
 def _conv_site(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Site:
@@ -94,7 +97,7 @@ def _conv_site(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Site:
         border = border if padding == "same" and any(border) else ()
     else:
         inner, border, border_mode = tuple(padding), (), "constant"
-    shape, stride, dilation = tuple(module.weight.shape), tuple(module.stride), tuple(module.dilation)
+    shape, stride, dilation = shape_of(module.weight), tuple(module.stride), tuple(module.dilation)
     return Site("conv", shape, stride, inner, dilation, module.groups, border, border_mode)
 
 
@@ -164,7 +167,7 @@ def site_of(module: nn.Module, where: str = "layer") -> Site:
     """The site of the layer `module`; `where` names it in errors.
 
     Raises:
-        UnsupportedBase: no layer of a known kind, or a packed, quantised or missing weight.
+        UnsupportedBase: no layer of a known kind, or a weight that is missing or stored in an unknown way.
     """
     kind = next((kind for kind in _KINDS if kind.is_it(module)), None)
     if kind is None:
@@ -172,33 +175,53 @@ def site_of(module: nn.Module, where: str = "layer") -> Site:
             f"{where}: expected a Linear, Conv, ConvTranspose, Embedding or normalisation layer, "
             f"found {type(module).__name__}"
         )
-    _check_weight(module.weight, kind.name, where)
+    is_stored = _check_weight(module, module.weight, kind.name, where)
     try:
         site = kind.read(module)
     except UnsupportedBase as error:
         raise UnsupportedBase(f"{where}: {error}") from None
     site = replace(site, has_bias=getattr(module, "bias", None) is not None)
-    if not site.opaque and not plain_forward(module) and not _behaves_like(module, site):
+    # the class of a quantised layer is trusted: its own rounding would make a trial fail
+    if not site.opaque and not is_stored and not plain_forward(module) and not _behaves_like(module, site):
         site = replace(site, opaque=True)
+    if site.opaque and is_split(module.weight):
+        raise UnsupportedBase(f"{where}: {_SPLIT}")
     return site
 
 
-def _check_weight(weight: object, kind: str, where: str) -> None:
+_SPLIT = "its weight is split over processes, which only plain Linear and Embedding layers can have adapters on"
+
+
+def _check_weight(module: nn.Module, weight: object, kind: str, where: str) -> bool:
+    """Whether the weight is stored in a form of its own.
+
+    Raises:
+        UnsupportedBase: there is none, or one that cannot be read, or not by this kind of layer.
+    """
     if weight is None:
         raise UnsupportedBase(f"{where}: it has no weight of its own" + (" to move" if kind == "norm" else ""))
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        found = getattr(weight, "dtype", type(weight).__name__)
+    found = getattr(weight, "dtype", type(weight).__name__)
+    storage = storage_of(module, weight)
+    if storage is not None and kind in ("norm", "parameter") and not is_split(weight):
         raise UnsupportedBase(
-            f"{where}: expected a weight of fp16, bf16, fp32 or fp64, found {found}; "
-            "quantised bases are not supported yet"
+            f"{where}: a {kind} is adapted by exchanging its weight, which here is stored as {storage.name} ({found}); "
+            "leave it in bf16 or fp32 when the model is quantised"
         )
+    if storage is None and (
+        not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2
+    ):
+        raise UnsupportedBase(
+            f"{where}: expected a weight of fp16, bf16, fp32 or fp64, or a known way to quantise it "
+            f"(docs/quantised-bases.md), found {type(weight).__name__} of {found}"
+        )
+    return storage is not None
 
 
 @torch.no_grad()
 def _behaves_like(module: nn.Module, site: Site) -> bool:
     """Whether a class with a forward of its own computes op(x, weight) + bias all the same, by trying it."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if weight.is_meta:
+    if weight.is_meta or is_partitioned(weight):
         return site.kind == "linear"
     if site.kind == "embedding":
         x = torch.arange(min(4, site.shape[1]), device=weight.device)
@@ -243,11 +266,14 @@ def parameter_site(module: nn.Module, attr: str, where: str) -> Site:
         UnsupportedBase: it is no floating-point parameter of two or three dimensions.
     """
     weight = module._parameters.get(attr)
-    _check_weight(weight, "parameter", where)
+    _check_weight(module, weight, "parameter", where)
     assert weight is not None
-    if weight.dim() not in (2, 3):
-        raise UnsupportedBase(f"{where}: expected a parameter of 2 or 3 dimensions, found {tuple(weight.shape)}")
+    if is_split(weight):
+        raise UnsupportedBase(f"{where}: {_SPLIT}")
+    shape = shape_of(weight)
+    if len(shape) not in (2, 3):
+        raise UnsupportedBase(f"{where}: expected a parameter of 2 or 3 dimensions, found {shape}")
     bias = module._parameters.get(bias_name(attr))
-    has_bias = weight.dim() == 2 and bias is not None and bias.dim() == 1
-    experts = weight.shape[0] if weight.dim() == 3 else 0
-    return Site("linear", tuple(weight.shape[-2:]), has_bias=has_bias, opaque=True, experts=experts)
+    has_bias = len(shape) == 2 and bias is not None and bias.dim() == 1
+    experts = shape[0] if len(shape) == 3 else 0
+    return Site("linear", shape[-2:], has_bias=has_bias, opaque=True, experts=experts)

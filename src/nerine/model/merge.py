@@ -6,7 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from nerine.errors import MergeError
-from nerine.model.mount import Mount, adapters_of, bias_at, weight_at, write
+from nerine.model.mount import (
+    Mount,
+    adapters_of,
+    bias_at,
+    dtype_at,
+    keep_original,
+    settle,
+    weight_at,
+    write,
+    write_back,
+)
+from nerine.model.storage import storage_of
 from nerine.model.sums import Share, changed, summed_bias
 from nerine.ops.precision import full_precision, wide
 
@@ -15,14 +26,14 @@ __all__ = ["changed_weight", "forget_original", "merge_layer", "unmerge_layer"]
 
 def changed_weight(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[Tensor, Tensor | None]:
     """W + Σ strength·(W' - W) over the adapters `names`, as one sum in at least fp32; the bias likewise."""
+    settle(holder, mount)
     weight, bias = wide(weight_at(holder, mount).detach()), bias_at(holder, mount)
     bias = None if bias is None else wide(bias.detach())
     with torch.no_grad(), full_precision(weight):
         shares: list[Share] = []
         for name, adapter in adapters_of(holder, mount):
             if name in names and adapter.strength:
-                p = adapter.folded()
-                shares.append((adapter, p.filled(t.to(weight.device) for t in p.tensors.values()), adapter.strength))
+                shares.append((adapter, adapter.ready(weight.device), adapter.strength))
         return changed(weight, shares), summed_bias(shares, bias)
 
 
@@ -47,14 +58,17 @@ def merge_layer(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[float
             f"{mount.path}: {', '.join(others)} is applied to the weight that would change under it; merge both "
             "together with Network.of(model).merge(), or take it off first"
         )
-    weight, bias = weight_at(holder, mount).detach(), bias_at(holder, mount)
+    weight = wide(weight_at(holder, mount).detach().clone())
     exact, shifted = changed_weight(holder, mount, names)
-    rounded = exact.to(weight.dtype)
+    keep_original(holder, mount)
+    write(holder, mount, exact, shifted)
+    rounded = wide(weight_at(holder, mount).detach())
     if not torch.isfinite(rounded).all():
-        raise MergeError(f"{mount.path}: the merged weight is not finite in {weight.dtype}; is the adapter damaged?")
-    step, error = exact - wide(weight), wide(rounded) - exact
-    mount.original = (weight.clone(), None if bias is None else bias.detach().clone())
-    write(holder, mount, rounded, shifted)
+        write_back(holder, mount)
+        storage = storage_of(holder, holder._parameters[mount.attr])
+        form = dtype_at(holder, mount) if storage is None else storage.name
+        raise MergeError(f"{mount.path}: the merged weight is not finite in {form}; is the adapter damaged?")
+    step, error = exact - weight, rounded - exact
     mount.merged = {name: a.strength for name, a in adapters_of(holder, mount) if name in names}
     return float(error.abs().max()), float(error.norm() / step.norm().clamp_min(1e-30))
 
@@ -74,5 +88,5 @@ def unmerge_layer(holder: nn.Module, mount: Mount, names: set[str]) -> None:
         return
     if mount.original is None:
         raise MergeError(f"{mount.path}: it was merged with keep_original=False, so the original bits are gone")
-    write(holder, mount, *mount.original)
-    mount.merged, mount.original = {}, None
+    write_back(holder, mount)
+    mount.merged = {}

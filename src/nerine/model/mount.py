@@ -6,14 +6,20 @@ module `nerine`. This file only looks and writes values; `attach` puts on and ta
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nerine.model.adapter import Adapter
+from nerine.errors import DeviceError, MergeError
+from nerine.model.adapter import Adapter, start
 from nerine.model.layer import bias_name
+from nerine.model.offload import Groups, offloaded, put_offloaded
+from nerine.model.sharded import copy_into, is_split, made_alike, whole
+from nerine.model.storage import storage_of
 from nerine.ops.precision import same_dtype
 from nerine.site import Site
 
@@ -23,13 +29,19 @@ __all__ = [
     "Mount",
     "Spot",
     "Use",
+    "Weight",
     "adapters_of",
     "bias_at",
     "dtype_at",
+    "keep_from_groups",
+    "keep_original",
     "mounts_of",
+    "original_at",
     "owned",
+    "settle",
     "weight_at",
     "write",
+    "write_back",
 ]
 
 MOUNTS, USES = "_nerine_mounts", "_nerine_uses"  # instance attributes: of who holds a weight, of whose forward uses it
@@ -83,18 +95,161 @@ def owned(holder: nn.Module, mount: Mount) -> nn.ModuleDict:
 
 
 def adapters_of(holder: nn.Module, mount: Mount) -> Iterator[tuple[str, Adapter]]:
-    """The named adapters of a mount, in the order in which they were put on (those a host owns last)."""
+    """The named adapters of a mount, in the order in which they were put on (those a host owns last).
+
+    Here an engine that has taken an adapter for one more layer of the model gives it back: an adapter is small, is
+    trained, and stays where its layer computes.
+    """
     if mount.child in holder._modules:
-        yield from owned(holder, mount).items()  # type: ignore[misc]
-    if mount.loose:
-        yield from mount.loose.items()
+        for name, adapter in owned(holder, mount).items():
+            if "_hf_hook" in adapter.__dict__ or "_diffusers_hook" in adapter.__dict__:
+                adapter.reclaim()  # type: ignore[operator]
+            yield name, adapter  # type: ignore[misc]
+    for name, adapter in mount.loose.items():
+        if adapter.belongs and adapter.training != holder.training:
+            adapter.train(holder.training)
+        yield name, adapter
+
+
+_LOOKS = 3  # for engines, when adapters have moved: a first time, and again where some come later
+
+
+def keep_from_groups(adapter: Adapter) -> None:
+    """Take the adapters of a model out of the groups in which diffusers moves its parameters.
+
+    A parameter that leaves the device between forward and backward cannot be trained; a group also writes old values
+    from its files over new ones. Called where an adapter has moved, which mostly means nothing of the kind.
+    """
+    context = adapter.context
+    model = None if context.model is None else context.model()
+    if model is None or context.looks >= _LOOKS:
+        return
+    context.looks += 1
+    groups = Groups(model)
+    for holder in model.modules():
+        for mount in mounts_of(holder):
+            for name, own in list(adapters_of(holder, mount)):
+                if groups.groups and name not in mount.loose:
+                    _keep_from(groups, holder, mount, name, own)
+                own.has_moved()  # seen, wherever it is now
+
+
+def _keep_from(groups: Groups, holder: nn.Module, mount: Mount, name: str, adapter: Adapter) -> None:
+    device = groups.device_of(next(adapter.parameters()))
+    if device is None:
+        return
+    children = owned(holder, mount)
+    del children[name]
+    if not len(children):
+        del holder._modules[mount.child]
+    mount.loose[name] = adapter
+    groups.let_go([*adapter.parameters(), *adapter.buffers()])
+    adapter.place(device)
+
+
+def settle(holder: nn.Module, mount: Mount) -> None:
+    """Give adapters that were made without a real weight their tensors, once there is one."""
+    for _, adapter in adapters_of(holder, mount):
+        if adapter.pending:
+            weight = weight_at(holder, mount)
+            if not weight.is_meta:
+                if adapter.was_split and not is_split(getattr(adapter, adapter.names[0])):
+                    raise DeviceError(
+                        f"{mount.path}: fully_shard came before the adapter had values, and a forward is too late for "
+                        "them: call network.settle() in every process once the weights are loaded"
+                    )
+                is_new = adapter.pending == "start"
+                fresh = start(adapter.algorithm, adapter.site, weight.detach(), None) if is_new else None
+                if fresh is not None:
+                    fresh = fresh.filled(made_alike(holder._parameters[mount.attr], fresh.tensors.values()))
+                adapter.settle(fresh, weight.device)
 
 
 # -- the weight under a mount ------------------------------------------------------------------------------------
-def weight_at(holder: nn.Module, mount: Mount | Spot) -> Tensor:
-    """The weight `[out, in/groups, *k]` under a mount; a view of the module's own where there is one."""
-    weight = mount.site.canonical(holder._parameters[mount.attr])  # type: ignore[arg-type]
+def _stored(holder: nn.Module, attr: str) -> Tensor | None:
+    """A parameter as it is stored; the value that an engine keeps of it where it has emptied the parameter itself."""
+    own = holder._parameters.get(attr)
+    if own is not None and own.is_meta:
+        held = offloaded(holder, attr)
+        return own if held is None else held
+    return own
+
+
+def _read(holder: nn.Module, mount: Mount | Spot, stored: Tensor) -> Tensor:
+    storage = storage_of(holder, stored)
+    weight = mount.site.canonical(stored if storage is None else storage.read(holder, stored))
     return weight if mount.rows is None else weight[mount.rows[0] : mount.rows[1]]
+
+
+def weight_at(holder: nn.Module, mount: Mount | Spot) -> Tensor:
+    """The weight `[out, in/groups, *k]` under a mount; a view of the module's own where that is an ordinary tensor."""
+    stored = _stored(holder, mount.attr)
+    assert stored is not None
+    return _read(holder, mount, stored)
+
+
+class Weight:
+    """The weight under a mount for one call of its layer: read when it is asked for, and not before.
+
+    It comes as a tensor of its own, for an engine may exchange the memory of the parameter before backward runs. What
+    has to be made of a stored form (see `storage`) is not kept for backward: `unkept` reads it again there.
+    """
+
+    def __init__(self, holder: nn.Module, mount: Mount, device: torch.device) -> None:
+        self.holder, self.mount, self.device = holder, mount, device
+        self.stored = _stored(holder, mount.attr)
+        self.storage = storage_of(holder, self.stored)
+        self.made: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.made is None:
+            assert self.stored is not None
+            weight = _read(self.holder, self.mount, self.stored)
+            weight = weight if weight.device == self.device else weight.to(self.device)
+            self.made = weight if weight.requires_grad else weight.detach()
+        return self.made
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether the layer rounds its input as well as its weight."""
+        return self.storage is not None and self.storage.rounds_input(self.holder, self.stored)  # type: ignore[arg-type]
+
+    def unkept(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which autograd keeps the stored form and not the weight that was read from it."""
+        if self.storage is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        return self._unkept()
+
+    @contextlib.contextmanager
+    def _unkept(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        self.made = None  # for the hooks live as long as what they have saved, and this with them
+
+    def _pack(self, t: Tensor) -> Any:
+        made = self.made
+        if made is None or t.untyped_storage().data_ptr() != made.untyped_storage().data_ptr():
+            return t
+        again = Weight(self.holder, self.mount, self.device)
+        again.stored = self.stored
+        return again, t.shape, t.stride(), t.storage_offset()
+
+    @staticmethod
+    def _unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        again, *geometry = packed
+        weight: Tensor = again().as_strided(*geometry)
+        again.made = None
+        return weight
+
+
+def original_at(holder: nn.Module, mount: Mount) -> Tensor:
+    """The same, as it was before a merge."""
+    if mount.original is None:
+        return weight_at(holder, mount)
+    kept = mount.original[0]
+    return _read(holder, replace(mount, rows=None), kept) if mount.rows is None else kept
 
 
 def dtype_at(holder: nn.Module, mount: Mount) -> torch.dtype:
@@ -103,24 +258,98 @@ def dtype_at(holder: nn.Module, mount: Mount) -> torch.dtype:
     return dtype
 
 
-def bias_at(holder: nn.Module, mount: Mount) -> Tensor | None:
-    """The bias that belongs to it, or None."""
-    bias = holder._parameters.get(bias_name(mount.attr))
-    return bias if bias is None or mount.rows is None else bias[mount.rows[0] : mount.rows[1]]
+def bias_at(holder: nn.Module, mount: Mount | Spot) -> Tensor | None:
+    """The bias that belongs to it, or None; like a `Weight` a tensor of its own."""
+    bias = _stored(holder, bias_name(mount.attr))
+    if bias is None:
+        return None
+    bias = whole(bias)
+    if storage_of(holder, bias) is not None:
+        bias = bias.to(torch.float32)
+    bias = bias if bias.requires_grad else bias.detach()
+    return bias if mount.rows is None else bias[mount.rows[0] : mount.rows[1]]
+
+
+def keep_original(holder: nn.Module, mount: Mount) -> None:
+    """Remember what is under a mount, for `write_back`."""
+    stored, bias = _stored(holder, mount.attr), bias_at(holder, mount)
+    assert stored is not None
+    if mount.rows is not None:
+        kept = weight_at(holder, mount).detach().clone()
+    else:  # what cannot be written in place is replaced, so that the old one is kept as it is
+        storage = storage_of(holder, stored)
+        kept = stored.detach().clone() if storage is None or storage.in_place else stored
+    mount.original = kept, None if bias is None else bias.detach().clone()
+
+
+@torch.no_grad()
+def write_back(holder: nn.Module, mount: Mount) -> None:
+    """Put the bits back that `keep_original` has kept."""
+    assert mount.original is not None
+    kept, bias = mount.original
+    is_here = not holder._parameters[mount.attr].is_meta  # type: ignore[union-attr]
+    storage = storage_of(holder, kept)
+    if storage is not None and not storage.in_place and mount.rows is None and is_here:
+        holder._parameters[mount.attr] = kept  # type: ignore[assignment]
+        _write_bias(holder, mount, bias)
+    else:
+        write(holder, mount, mount.site.canonical(kept) if mount.rows is None else kept, bias)
+    mount.original = None
 
 
 @torch.no_grad()
 def write(holder: nn.Module, mount: Mount, weight: Tensor, bias: Tensor | None) -> None:
-    """Put other values under a mount, in the memory of the old ones."""
-    own: Tensor = holder._parameters[mount.attr]  # type: ignore[assignment]
-    if mount.rows is None:
+    """Put other values under a mount: in the memory of the old ones, or stored anew in the way they were.
+
+    Raises:
+        MergeError: the way in which the weight is stored cannot take others.
+    """
+    own = holder._parameters[mount.attr]
+    assert own is not None
+    storage = storage_of(holder, own)
+    if own.is_meta or storage is not None:
+        _store(holder, mount, mount.site.native(weight))
+    elif mount.rows is None:
         own.copy_(mount.site.native(weight))
     else:
         weight_at(holder, mount).copy_(weight)
-    target, slot = bias_at(holder, mount), bias_name(mount.attr)
-    if target is not None and bias is not None:
-        target.copy_(bias)
-    elif target is None and bias is not None:  # a layer made without one gets it for as long as it is merged
-        holder._parameters[slot] = nn.Parameter(same_dtype(bias, own), requires_grad=False)
-    elif target is not None:
+    _write_bias(holder, mount, bias)
+
+
+def _store(holder: nn.Module, mount: Mount, weight: Tensor) -> None:
+    """Put a weight in the module's own form where it cannot be written in place."""
+    own = holder._parameters[mount.attr]
+    assert own is not None
+    if mount.rows is not None:
+        raise MergeError(
+            f"{mount.path}: rows of a weight that is offloaded, quantised or split cannot be merged by themselves"
+        )
+    if own.is_meta:
+        if offloaded(holder, mount.attr) is None:
+            raise DeviceError(f"{mount.path}: its weight is on meta, without values; load the model's weights first")
+        put_offloaded(holder, mount.attr, weight)
+        return
+    storage = storage_of(holder, own)
+    assert storage is not None
+    if storage.write is None:
+        raise MergeError(f"{mount.path}: {storage.refusal}")
+    try:
+        holder._parameters[mount.attr] = storage.write(holder, own, weight)
+    except MergeError as error:
+        raise MergeError(f"{mount.path}: {error}") from None
+
+
+def _write_bias(holder: nn.Module, mount: Mount, bias: Tensor | None) -> None:
+    slot = bias_name(mount.attr)
+    own = holder._parameters.get(slot)
+    if own is None and bias is not None:  # a layer made without one gets it for as long as it is merged
+        like = bias if storage_of(holder, holder._parameters[mount.attr]) else holder._parameters[mount.attr]
+        holder._parameters[slot] = nn.Parameter(same_dtype(bias, like), requires_grad=False)  # type: ignore[arg-type]
+    elif own is not None and bias is None:
         holder._parameters[slot] = None
+    elif own is not None and bias is not None:
+        if own.is_meta:
+            put_offloaded(holder, slot, bias)
+        else:
+            target = own if mount.rows is None else own[mount.rows[0] : mount.rows[1]]
+            copy_into(target, bias)

@@ -20,8 +20,10 @@ from nerine.model.adapter import Adapter, check_strength
 from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
 from nerine.model.merge import forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, weight_at
+from nerine.model.mount import Mount, adapters_of, mounts_of, settle, weight_at
+from nerine.model.offload import Groups
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
+from nerine.model.sharded import at_rest, copy_into, shape_of
 from nerine.model.targets import Match, matches
 
 __all__ = ["Network"]
@@ -56,6 +58,7 @@ class Network:
         self.names = tuple(names)
         self._report = report
         self._unfreeze: list[nn.Parameter] = []
+        self._holders: dict[str, str] = {}  # path and class of the modules that got adapters, to notice their loss
 
     @classmethod
     def of(cls, model: nn.Module) -> Network:
@@ -94,9 +97,28 @@ class Network:
 
     # -- what it holds -------------------------------------------------------------------------------------------
     def _mounts(self) -> Iterator[tuple[nn.Module, Mount]]:
+        self._check_still_there()
         for holder in self.model.modules():
             for mount in mounts_of(holder):
                 yield holder, mount
+
+    def _check_still_there(self) -> None:
+        """Whether each adapted module is still in the model; some tools put others in the place of layers.
+
+        Raises:
+            TargetError: a module of another class, without adapters, is in the place of one.
+        """
+        for path, kind in self._holders.items():
+            try:
+                there = self.model.get_submodule(path)
+            except AttributeError:  # below something that was put around it
+                continue
+            found = type(there).__name__
+            if found != kind and not any(mounts_of(module) for module in there.modules()):
+                raise TargetError(
+                    f"{path or 'the model'}: the {kind} that has adapters was replaced by {found}, and they are lost "
+                    "with it; quantise the model before adapters are attached or loaded"
+                )
 
     def adapters(self) -> Iterator[tuple[str, str, Adapter]]:
         """(path of the layer, adapter name, adapter), in the order of the model."""
@@ -157,17 +179,18 @@ class Network:
         Raises:
             ShapeError: keys or shapes differ; nothing was copied then.
         """
+        at_rest(self.model)
         own = dict(self.named_tensors())
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
             raise ShapeError(f"the state does not belong to this network: {len(odd)} keys differ, for example {odd[0]}")
         for key, parameter in own.items():
-            if parameter.shape != state[key].shape:
-                raise ShapeError(f"{key}: expected shape {tuple(parameter.shape)}, got {tuple(state[key].shape)}")
+            if shape_of(parameter) != shape_of(state[key]):
+                raise ShapeError(f"{key}: expected shape {shape_of(parameter)}, got {tuple(state[key].shape)}")
         self.not_merged("load tensors")
         with torch.no_grad():
             for key, parameter in own.items():
-                parameter.copy_(state[key])
+                copy_into(parameter, state[key])
 
     # -- training ------------------------------------------------------------------------------------------------
     def set_timestep(self, timestep: Tensor | float | None) -> None:
@@ -185,7 +208,7 @@ class Network:
     def penalty(self) -> Tensor:
         """What the algorithms ask to have added to the loss, weighted as the user sees fit, 0-d: for T-LoRA how far its
         factors are from orthogonal ones (arXiv:2507.05964 §3.3), zero for the others."""
-        found = [p for p in (a.algorithm.penalty(a.params()) for *_, a in self.adapters()) if p is not None]
+        found = [p for p in (a.algorithm.penalty(a.ready(a.device)) for *_, a in self.adapters()) if p is not None]
         first = next(self.parameters())
         return torch.stack([p.to(first.device) for p in found]).sum() if found else first.new_zeros(())
 
@@ -198,11 +221,13 @@ class Network:
         """
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise OptionError(f"max_norm: the limit must be a positive number, got {limit!r}")
+        at_rest(self.model)
         before, after = [], []
         for holder, mount, _, adapter in self.placed():
             if not adapter.carriers:
                 raise OptionError(f"{mount.path}: {adapter.algorithm} names no tensor that carries its size")
-            weight = weight_at(holder, mount)
+            settle(holder, mount)
+            weight = weight_at(holder, mount).detach()
             first = size = adapter.size(weight)
             for _ in range(1 if adapter.algorithm.keeps_mean else 6):  # a rotation does not grow in proportion
                 adapter.shrink((limit / size).clamp(max=1))
@@ -213,12 +238,23 @@ class Network:
         return MaxNorm(sum(size > limit for size in sizes), sum(now) / len(now), max(now))
 
     @torch.no_grad()
+    def settle(self) -> None:
+        """Give adapters that were attached while the base was on meta their values, now that it has its own.
+
+        The first forward does so too, except under `fully_shard`: there every process must call this before it.
+        """
+        at_rest(self.model)
+        for holder, mount in self._mounts():
+            settle(holder, mount)
+
+    @torch.no_grad()
     def norms(self) -> NormReport:
         """How far each adapter has moved its weight, and the gradients it has now."""
-        found = [
-            (mount.path, adapter.size(weight_at(h, mount)), _norm([weight_at(h, mount)]), _norm(_grads(adapter)))
-            for h, mount, _, adapter in self.placed()
-        ]
+        found = []
+        for h, mount, _, adapter in self.placed():
+            settle(h, mount)
+            weight = weight_at(h, mount).detach()
+            found.append((mount.path, adapter.size(weight), _norm([weight]), _norm(_grads(adapter))))
         columns = [_numbers([row[i] for row in found]) for i in (1, 2, 3)]  # type: ignore[misc]
         return NormReport(tuple(zip((row[0] for row in found), *columns, strict=True)))
 
@@ -295,6 +331,12 @@ class Network:
         """
         if self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is merged already; unmerge before merging again")
+        if Groups(self.model).on_disk():
+            raise MergeError(
+                "diffusers keeps weights of this model in files, which a merge would not change: take the group "
+                "offloading off first, or load the model without it to merge"
+            )
+        at_rest(self.model)
         names = set(self.names)
         done: list[tuple[nn.Module, Mount]] = []
         rows = []
@@ -321,11 +363,13 @@ class Network:
         """
         if not self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is not merged")
+        at_rest(self.model)
         for holder, mount in self._mounts():
             unmerge_layer(holder, mount, set(self.names))
 
     def detach(self) -> None:
         """Take the adapters off: forward, weights, keys and requires_grad of the model are as before."""
+        at_rest(self.model)
         for module in list(self.model.modules()):
             for name in self.names:
                 take_off(module, name)
@@ -333,6 +377,7 @@ class Network:
         for parameter in self._unfreeze:
             parameter.requires_grad_(True)
         self._unfreeze = []
+        self._holders = {}
 
     # -- for hosts that own the network ---------------------------------------------------------------------------
     def to(self, *args: Any, **kwargs: Any) -> Network:

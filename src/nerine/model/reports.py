@@ -10,6 +10,8 @@ from nerine.tables import table
 
 __all__ = ["AttachReport", "MaxNorm", "MergeReport", "NormReport"]
 
+LOSSY = 0.5  # a rounding error, relative to the change, above which a merge is said to lose the adapter
+
 
 @dataclass(frozen=True)
 class AttachReport:
@@ -44,16 +46,30 @@ class MergeReport:
     rows: tuple[tuple[str, float, float], ...]
 
     @property
+    def lossy(self) -> tuple[str, ...]:
+        """The layers where rounding is more than half as large as the change: most of the adapter is lost there."""
+        return tuple(layer for layer, _, relative in self.rows if relative > LOSSY)
+
+    @property
     def largest(self) -> float:
         return max((row[1] for row in self.rows), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         keys = ("layer", "max_error", "relative_error")
-        return {"largest": self.largest, "layers": [dict(zip(keys, row, strict=True)) for row in self.rows]}
+        layers = [dict(zip(keys, row, strict=True)) for row in self.rows]
+        return {"largest": self.largest, "lossy": list(self.lossy), "layers": layers}
 
     def __str__(self) -> str:
         rows = [(layer, f"{error:.2e}", f"{relative:.2e}") for layer, error, relative in self.rows]
-        return table(("layer", "largest rounding", "relative to the change"), rows)
+        shown = table(("layer", "largest rounding", "relative to the change"), rows)
+        if not self.lossy:
+            return shown
+        named = ", ".join(self.lossy[:3]) + (", ..." if len(self.lossy) > 3 else "")
+        return (
+            f"{shown}\nrounding is more than {LOSSY:.0%} of the change in {len(self.lossy)} of {len(self.rows)} layers "
+            f"({named}): the merged model is not the adapted one. Unmerge and keep the adapter beside, or merge into "
+            "a base that is not quantised"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+
+
+# diffusers imports torchao where that is installed, which reports what its build lacks for this torch
+OF_TORCHAO = re.compile("torchao|_pytree.*(KernelPreference|ScaleCalculationMode)")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -47,7 +52,8 @@ def test_loading_and_sampling_print_nothing_and_warn_of_nothing() -> None:
     code = "from nerine.tiny import load_pipeline; load_pipeline()('a handwritten one', 2)"
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("", "")
+    ours = [line for line in result.stderr.splitlines() if not OF_TORCHAO.search(line)]
+    assert (result.stdout, ours) == ("", [])
 
 
 def test_the_folder_is_small_and_says_how_it_was_trained() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -328,14 +329,13 @@ def test_memory_is_counted_and_limited(run) -> None:
         def check_a_training_step_has_the_peak_of_its_parts():
             layer = nn.Linear(1024, 1024, bias=False).to(DEVICE)  # 4 MiB
             x = torch.ones(1024, 1024, device=DEVICE)
-            layer(x).sum().backward()
+            layer(x).square().sum().backward()
             layer.zero_grad()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            layer(x).sum().backward()
-            y, grad_of_y, grad_of_weight = 1, 1, 1
-            assert torch.cuda.memory_allocated() - before == 4 * MIB * grad_of_weight
-            assert torch.cuda.max_memory_allocated() - before < 4 * MIB * (y + grad_of_y + grad_of_weight) + MIB
+            layer(x).square().sum().backward()
+            assert torch.cuda.memory_allocated() - before == 4 * MIB  # the gradient of the weight
+            assert 8 * MIB <= torch.cuda.max_memory_allocated() - before < 17 * MIB  # y and gradients of its size
 
         def check_each_device_has_its_own_counters():
             if OTHER == DEVICE:
@@ -363,12 +363,12 @@ def test_memory_is_counted_and_limited(run) -> None:
             assert kept.sum().item() == MIB
 
         def check_out_of_memory():
-            with simulated_cuda.memory_limit(64 * MIB):
+            with simulated_cuda.memory_limit(192 * MIB):
                 for _ in range(2):
                     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-                        torch.ones(128 * MIB, device=DEVICE, dtype=torch.uint8)
+                        torch.empty(256 * MIB, device=DEVICE, dtype=torch.uint8)
                 assert torch.ones(MIB, device=DEVICE).sum().item() == MIB
-            assert torch.ones(128 * MIB, device=DEVICE, dtype=torch.uint8).numel() == 128 * MIB
+            assert torch.empty(256 * MIB, device=DEVICE, dtype=torch.uint8).numel() == 256 * MIB
 
         def check_the_limit_is_exact():
             if not simulated_cuda.is_simulated():
@@ -452,6 +452,7 @@ def test_pinned_memory_streams_and_files(run) -> None:
     )
 
 
+@pytest.mark.skipif(not find_spec("accelerate"), reason="needs accelerate, of the extra 'train'")
 def test_accelerate_offloads_and_dispatches(run) -> None:
     run(
         """
@@ -470,10 +471,11 @@ def test_accelerate_offloads_and_dispatches(run) -> None:
 
         def check_cpu_offload():
             before = torch.cuda.memory_allocated()
-            net = accelerate.cpu_offload(net_of(), execution_device=DEVICE)
+            net = accelerate.cpu_offload(net_of(), execution_device=DEVICE, offload_buffers=True)
             assert net.head.weight.device.type == "meta"
             equals_plain(net, DEVICE)
-            assert torch.cuda.memory_allocated() - before < 64 * 1024  # no weights stay (cuBLAS may have its buffer)
+            if simulated_cuda.is_simulated():  # cuBLAS would have its workspace there
+                assert torch.cuda.memory_allocated() == before
 
         def check_disk_offload():
             with tempfile.TemporaryDirectory() as folder:
@@ -504,21 +506,24 @@ def test_accelerate_offloads_and_dispatches(run) -> None:
     )
 
 
+@pytest.mark.skipif(not find_spec("diffusers"), reason="needs diffusers, of the extra 'train'")
 def test_diffusers_offloads_and_casts(run) -> None:
     run(
         """
         from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 
         def offloaded(**options):
-            '''A net under group offloading equals the plain one, and leaves the device as empty as it promises.'''
+            '''A net under group offloading equals the plain one, and leaves no weight on the device.'''
             before = torch.cuda.memory_allocated()
             net = net_of()
             apply_group_offloading(net, onload_device=DEVICE, offload_device=torch.device("cpu"), **options)
             with torch.no_grad():
                 for _ in range(3):  # with streams, the first call learns the order of the layers
                     same(net(*inputs(DEVICE)), net_of()(*inputs()))
-            assert net.blocks[0].to_out.weight.device.type == "cpu"
-            return net
+            assert not any(p.is_cuda for p in net.parameters())
+            if simulated_cuda.is_simulated():
+                buffers = sum(b.is_cuda for b in net.buffers())  # with streams, diffusers leaves them there
+                assert torch.cuda.memory_allocated() - before == 512 * buffers
 
         def check_blocks():
             offloaded(offload_type="block_level", num_blocks_per_group=1)
@@ -529,7 +534,7 @@ def test_diffusers_offloads_and_casts(run) -> None:
 
         def check_blocks_with_a_stream():
             for more in ({}, {"record_stream": True}, {"low_cpu_mem_usage": True}):
-                net = offloaded(offload_type="block_level", num_blocks_per_group=1, use_stream=True, **more)
+                offloaded(offload_type="block_level", num_blocks_per_group=1, use_stream=True, **more)
 
         def check_leaves_with_a_stream():
             for more in ({}, {"record_stream": True}, {"low_cpu_mem_usage": True}):
@@ -589,7 +594,6 @@ def test_every_failing_check_is_shown(run_on_simulated_cuda) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has no use for the simulation")
 def test_the_simulation_must_come_before_torch() -> None:
-    pytest.importorskip("torch")
     code = "import simulated_cuda, torch; simulated_cuda.install('nowhere.so')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "before torch is imported" in done.stderr
@@ -597,6 +601,7 @@ def test_the_simulation_must_come_before_torch() -> None:
 
 def test_a_machine_without_the_tools_is_told_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.setattr(build, "OLDEST_TORCH", (2, 0))
     monkeypatch.setattr(build, "_path", lambda: "")
     with pytest.raises(build.CannotBuild, match=r"install g\+\+"):
         build.library()

@@ -112,8 +112,8 @@ def _complete_module(torch) -> None:
 
 
 def _complete_storage(torch) -> None:
-    """The methods of storages that are compiled out: `resize_`, and what `torch.load` calls."""
-    resize_elsewhere = torch.UntypedStorage.resize_
+    """The methods of storages that are compiled out: `resize_`, `clone`, and what `torch.load` calls."""
+    resize_elsewhere, clone_elsewhere = torch.UntypedStorage.resize_, torch.UntypedStorage.clone
 
     def whole(storage) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -124,6 +124,9 @@ def _complete_storage(torch) -> None:
         torch.ops.simulated_cuda.resize_storage_of(whole(storage), size)
         return storage
 
+    def clone(storage) -> object:
+        return whole(storage).clone().untyped_storage() if storage.device.type == "cuda" else clone_elsewhere(storage)
+
     def tag(storage) -> str | None:
         return str(storage.device) if storage.device.type == "cuda" else None
 
@@ -132,4 +135,5 @@ def _complete_storage(torch) -> None:
         return whole(storage).to(location).untyped_storage() if is_ours else None
 
     torch.UntypedStorage.resize_ = resize_
+    torch.UntypedStorage.clone = clone
     torch.serialization.register_package(1, tag, restore)

@@ -8,6 +8,7 @@ in docs/devices.md.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -63,20 +64,20 @@ def peak(algorithm: Any, regime: str, training: bool) -> float:
     import nerine
 
     device = torch.device("cuda", 0)
+    gc.collect()  # models with hooks are cycles
     model = model_of(torch)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     place(model, regime, device)
     network = None if algorithm is None else nerine.attach(model, algorithm)
     x = torch.randn(TOKENS, WIDTH, device=device)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     with torch.set_grad_enabled(training and network is not None):
         y = model.forward(x)
         if training and network is not None:
             y.square().mean().backward()
-    found = torch.cuda.max_memory_allocated(device) / size
-    del model, network, x, y
-    return found
+    return torch.cuda.max_memory_allocated(device) / size
 
 
 def contestants() -> dict[str, Any]:

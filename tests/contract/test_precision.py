@@ -7,6 +7,7 @@ import torch
 
 from contract.cases import ALGORITHMS, ONE_OF_EACH, PLACES, few, places_of
 from nerine.algorithms import Algorithm, Call, Params
+from nerine.model.adapter import start
 from nerine.model.layer import site_of
 from nerine.testing.battery import adapted, by_weight, call_of, input_at, path_of
 from nerine.testing.places import site_at
@@ -39,6 +40,36 @@ def test_a_rounded_base_costs_the_deviation_nothing(algorithm: Algorithm) -> Non
         assert got.dtype == torch.float32
         error = float((got - want).norm() / want.norm())
         assert error < 5e-3, f"{algorithm} at {place}: {error:.1e}"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_a_change_of_a_thousandth_survives_a_bf16_base(algorithm: Algorithm) -> None:
+    """|W' - W| = |W| / 1000: its output is right to half a percent of it, where a sum in bf16 would lose nearly all."""
+    for place in few(algorithm):
+        if site_at(place).opaque:
+            continue  # there the module itself computes with the weight
+        model, network, adapter = adapted(algorithm, place, torch.bfloat16)
+        layer, x = model[0], input_at(place, torch.float32)
+        weight = adapter.site.canonical(layer.weight)
+        size = float(weight.float().norm())
+        with torch.no_grad():
+            network.max_norm(size / 1000)
+            if "magnitude" in adapter.names:
+                norm = start(algorithm, adapter.site, weight, None).tensors["magnitude"]
+                adapter.magnitude.copy_(norm * (1 + torch.randn_like(norm) / 1000))
+        if "rescale" in adapter.names:
+            with torch.no_grad():
+                adapter.rescale.copy_(1 + torch.randn_like(adapter.rescale) / 1000)
+        params = adapter.folded()
+        params = params.filled(t.detach() for t in params.tensors.values())
+        change = algorithm.weight_deviation(doubled(params), weight.double()).norm()
+        assert 1e-4 < float(change) / size < 4e-3, f"{algorithm} at {place}: not the change that this is about"
+        wide = layer_with(layer, torch.float32)
+        call = Call(site_of(wide), x, wide(x), getattr(wide, "bias", None), lambda weight=weight: weight)
+        got = algorithm.deviation(params, call)
+        want = algorithm.deviation(doubled(params), call_of(layer_with(layer, torch.float64), as_double(x)))
+        error = float((got - want).norm() / want.norm())
+        assert error < 5e-3, f"{algorithm} at {place}: {error:.1e} of the change"
 
 
 def doubled(params: Params) -> Params:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from nerine.api import load, save
     from nerine.errors import (
+        DeviceError,
         FormatError,
         MergeError,
         MissingExtra,
@@ -67,6 +68,7 @@ _HOMES = {
     ),
     "nerine.api": ("load", "save"),
     "nerine.errors": (
+        "DeviceError",
         "FormatError",
         "MergeError",
         "MissingExtra",
@@ -90,6 +92,7 @@ __all__ = [
     "DiagOFT",
     "DoRA",
     "DyLoRA",
+    "DeviceError",
     "FormatError",
     "Full",
     "GLoRA",

@@ -18,6 +18,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nerine
 import simulated_cuda
@@ -225,6 +226,22 @@ def offloaded(algorithm: Algorithm, options: Options) -> None:
             compare(algorithm, options, lambda model: disk_offload(model, str(folder()), G), order)
 
 
+class Checkpointed(Mixed):
+    """The blocks compute again in backward instead of keeping what they have computed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x.requires_grad_(x.is_leaf or x.requires_grad), use_reentrant=False)
+        return self.out(x)
+
+
+def checkpointed(algorithm: Algorithm, options: Options) -> None:
+    """Gradient checkpointing, on the device and with weights that accelerate brings for each call."""
+    compare(algorithm, options, lambda model: model.to(G), "attach last", Checkpointed)
+    if not options:
+        compare(algorithm, options, lambda model: cpu_offload(model, G), "attach first", Checkpointed)
+
+
 def grouped(algorithm: Algorithm, options: Options) -> None:
     """diffusers brings groups of layers, with and without streams, from memory and from disk."""
     for order in ("attach first", "attach last"):
@@ -279,7 +296,7 @@ def cast_by_layer(algorithm: Algorithm, options: Options) -> None:
         model = model_of(kind).to(G)
 
         def place(model: nn.Module = model) -> None:
-            apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=None)
+            apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=("norm",))
 
         if order == "attach first":
             network = attached(model, algorithm, **options)
@@ -475,6 +492,7 @@ ROUTES: dict[str, Route] = {
     "base on meta": on_meta,
     "accelerate: CPU, disk": offloaded,
     "diffusers: groups": grouped,
+    "gradient checkpointing": checkpointed,
     "fp8 cast layer by layer": cast_by_layer,
     "autocast, mixed formats": autocast,
     "random masks": masks,

@@ -14,6 +14,7 @@ from nerine.algorithms import DoRA
 from nerine.testing.battery import around
 
 pytestmark = [
+    pytest.mark.slow,  # a minute of compiling each
     pytest.mark.no_device_guard,
     pytest.mark.filterwarnings("ignore"),  # of a compiler at work
     pytest.mark.skipif(shutil.which("g++") is None, reason="inductor on a CPU needs a C++ compiler: install g++"),

@@ -15,7 +15,7 @@ from nerine.model.adapter import Adapter, Context, Noise, start
 from nerine.model.attach import check_free, put_on
 from nerine.model.fast_path import keep_from_fast_paths
 from nerine.model.layer import bias_name
-from nerine.model.mount import Spot, adapters_of, mounts_of, weight_at
+from nerine.model.mount import MOUNTS, Spot, adapters_of, mounts_of, weight_at
 from nerine.model.network import Network
 from nerine.model.offload import Groups, computes_on, present
 from nerine.model.reports import AttachReport
@@ -160,6 +160,7 @@ def fit_in(
         _place(adapter, moved_to or computes_on(spot.holder) or own_parameter.device)  # type: ignore[union-attr]
         adapter.has_moved()  # seen, where it is now
         put_on(spot, name, adapter, own and moved_to is None)
+        spot.holder.__dict__[MOUNTS][spot.key].in_group = groups.in_memory(own_parameter)
     holders = {id(spot.holder) for spot, _ in ready}
     network._holders = {p: type(m).__name__ for p, m in model.named_modules() if id(m) in holders}
     _note_shared(model)

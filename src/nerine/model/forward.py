@@ -104,27 +104,39 @@ def _whole(
     kwargs: dict[str, Any],
 ) -> Any:
     """A layer whose whole weight has adapters, by the cheapest of the ways that lose nothing."""
-    site = call_site(layer, mount.site, args, kwargs) if mount.site.kind == "transposed" else mount.site
     x = _input_of(args, kwargs)
     drawn = [(adapter, adapter(x)) for adapter in active]
-    alone = active[0] if len(active) == 1 else None
     weight = Weight(layer, mount, x.device)
+    with weight.unkept():
+        return _cheapest(layer, before, base, weight, drawn, args, kwargs)
+
+
+def _cheapest(
+    layer: nn.Module,
+    before: Callable[..., Any] | None,
+    base: Callable[..., Any],
+    weight: Weight,
+    drawn: list[tuple[Adapter, Drawn]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    mount, x = weight.mount, _input_of(args, kwargs)
+    site = call_site(layer, mount.site, args, kwargs) if mount.site.kind == "transposed" else mount.site
     if _loses_nothing(x, dtype_at(layer, mount), drawn) and not weight.rounds_input:
-        if alone is not None:
-            y = _by_input(layer, base, weight, site, (alone, drawn[0][1]), args, kwargs)
+        if len(drawn) == 1:
+            y = _by_input(base, weight, site, drawn[0], args, kwargs)
             if y is not None:
                 return y
         is_open = before is None and weight.storage is None and plain_forward(layer)
-        if is_open and any(adapter.prefers_weight for adapter in active):
-            return _weight_path(layer, mount, site, drawn, x)
+        if is_open and any(adapter.prefers_weight for adapter, _ in drawn):
+            return _weight_path(layer, weight, site, drawn, x)
     y = base(*args, **kwargs)
     if weight.storage is not None and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
         raise UnsupportedBase(
             f"{mount.path}: the layer ({weight.storage.name}) passes no gradient to its input, so that nothing before "
             "it could learn; train on a base that rounds weights alone, or call the model without gradients"
         )
-    with weight.unkept():
-        return _beside(layer, before is None, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
+    return _beside(layer, before is None, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
 
 
 def _beside(layer: nn.Module, is_own: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
@@ -141,7 +153,6 @@ def _beside(layer: nn.Module, is_own: bool, y: Tensor, drawn: list[tuple[Adapter
 
 
 def _by_input(
-    layer: nn.Module,
     base: Callable[..., Any],
     weight: Weight,
     site: Site,
@@ -152,16 +163,15 @@ def _by_input(
     """The layer's own forward on another input, where the adapter can act so; None where it cannot."""
     (adapter, now), x = drawn, _input_of(args, kwargs)
     strength = None if adapter.is_plain else functools.partial(adapter.call_strength, x)
-    with weight.unkept():
-        found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
+    found = adapter.algorithm.changed_input(now.params, site, x, weight, strength)
     if found is None:
         return None
     y: Tensor = base(found.x, *args[1:]) if args else base(**{**kwargs, next(iter(kwargs)): found.x})
     shift = adapter.algorithm.shift(now.params)
     if found.then is not None:
         algorithm, p = found.then
-        with weight.unkept():
-            y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias_at(layer, weight.mount), weight)), y)
+        bias = bias_at(weight.holder, weight.mount)
+        y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias, weight)), y)
     return y if shift is None else y + same_dtype(site.over_channels(shift), y)
 
 
@@ -237,9 +247,9 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     return torch.cat([y.narrow(dim, 0, start), changed, y.narrow(dim, stop, y.shape[dim] - stop)], dim)
 
 
-def _weight_path(layer: nn.Module, mount: Mount, site: Site, drawn: list[tuple[Adapter, Drawn]], x: Tensor) -> Tensor:
+def _weight_path(layer: nn.Module, weight: Weight, site: Site, drawn: list[tuple[Adapter, Drawn]], x: Tensor) -> Tensor:
     """op(x, W + Σ strength·(W' - W)) + bias + Σ strength·shift, keeping nothing of the weight's size."""
     shares = [(adapter, now.params, adapter.call_strength(x)) for adapter, now in drawn]
     build, tensors = summed(shares)
-    bias = summed_bias(shares, bias_at(layer, mount))
-    return contract(site, x, build, [Weight(layer, mount, x.device)(), *tensors], lambda x, *_: site.prepared(x), bias)
+    bias = summed_bias(shares, bias_at(layer, weight.mount))
+    return contract(site, x, build, [weight(), *tensors], lambda x, *_: site.prepared(x), bias)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nerine.errors import DeviceError, MergeError
 from nerine.model.adapter import Adapter, start
 from nerine.model.layer import bias_name
-from nerine.model.offload import Groups, offloaded, put_offloaded
+from nerine.model.offload import Groups, is_offloaded, offloaded, put_offloaded
 from nerine.model.sharded import copy_into, is_split, made_alike, whole
 from nerine.model.storage import storage_of
 from nerine.ops.precision import same_dtype
@@ -76,6 +76,7 @@ class Mount:
     off: set[str] = field(default_factory=set)
     merged: dict[str, float] = field(default_factory=dict)  # names and strengths now in the weight
     original: tuple[Tensor, Tensor | None] | None = None  # bits of weight and bias before merging, for `unmerge`
+    in_group: bool = False  # diffusers takes the weight away after each call, to memory
     shared_with: str = ""  # another module that has the same weight
     has_run: bool = False
 
@@ -143,6 +144,7 @@ def _keep_from(groups: Groups, holder: nn.Module, mount: Mount, name: str, adapt
     if not len(children):
         del holder._modules[mount.child]
     mount.loose[name] = adapter
+    mount.in_group = groups.in_memory(holder._parameters[mount.attr])
     groups.let_go([*adapter.parameters(), *adapter.buffers()])
     adapter.place(device)
 
@@ -192,19 +194,22 @@ class Weight:
     """The weight under a mount for one call of its layer: read when it is asked for, and not before.
 
     It comes as a tensor of its own, for an engine may exchange the memory of the parameter before backward runs. What
-    has to be made of a stored form (see `storage`) is not kept for backward: `unkept` reads it again there.
+    has to be made of a stored form (see `storage`), or brought to the device for each call, is not kept for backward:
+    within `unkept` it is read again there.
     """
 
     def __init__(self, holder: nn.Module, mount: Mount, device: torch.device) -> None:
         self.holder, self.mount, self.device = holder, mount, device
         self.stored = _stored(holder, mount.attr)
         self.storage = storage_of(holder, self.stored)
+        self.is_away = mount.in_group or is_offloaded(holder)  # between the calls
         self.made: Tensor | None = None
 
     def __call__(self) -> Tensor:
         if self.made is None:
-            assert self.stored is not None
-            weight = _read(self.holder, self.mount, self.stored)
+            stored = _stored(self.holder, self.mount.attr) if self.stored is None else self.stored
+            assert stored is not None
+            weight = _read(self.holder, self.mount, stored)
             weight = weight if weight.device == self.device else weight.to(self.device)
             self.made = weight if weight.requires_grad else weight.detach()
         return self.made
@@ -215,23 +220,31 @@ class Weight:
         return self.storage is not None and self.storage.rounds_input(self.holder, self.stored)  # type: ignore[arg-type]
 
     def unkept(self) -> contextlib.AbstractContextManager[object]:
-        """A context in which autograd keeps the stored form and not the weight that was read from it."""
-        if self.storage is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        """A context in which autograd keeps no weight that can be read again.
+
+        Gradient checkpointing has hooks of its own on what is kept, and keeps nothing: they are left alone.
+        """
+        if (self.storage is None and not self.is_away) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return contextlib.nullcontext()
         return self._unkept()
 
     @contextlib.contextmanager
     def _unkept(self) -> Iterator[None]:
+        if self.is_away:
+            self()  # so that it is known wherever it is kept
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
         self.made = None  # for the hooks live as long as what they have saved, and this with them
+        self.stored = None if self.is_away else self.stored
 
     def _pack(self, t: Tensor) -> Any:
         made = self.made
         if made is None or t.untyped_storage().data_ptr() != made.untyped_storage().data_ptr():
             return t
         again = Weight(self.holder, self.mount, self.device)
-        again.stored = self.stored
+        again.stored = None if self.is_away else self.stored
         return again, t.shape, t.stride(), t.storage_offset()
 
     @staticmethod

@@ -20,6 +20,7 @@ __all__ = [
     "computes_on",
     "forward_slots",
     "innermost",
+    "is_offloaded",
     "offloaded",
     "present",
     "put_offloaded",
@@ -80,6 +81,11 @@ def offloaded(module: nn.Module, attr: str) -> Tensor | None:
     return value
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate takes the parameters of `module` away after each call."""
+    return "_hf_hook" in module.__dict__ and _map_of(module) is not None
+
+
 def put_offloaded(module: nn.Module, attr: str, value: Tensor) -> None:
     """Change the value that a hook holds: in place in memory; for a tensor on disk in memory from now on."""
     held, key = _map_of(module), attr
@@ -116,6 +122,11 @@ class Groups:
         """Where the parameter computes; None where no group moves it."""
         group = self.by_parameter.get(id(parameter))
         return None if group is None else torch.device(group.onload_device)
+
+    def in_memory(self, parameter: Tensor | None) -> bool:
+        """Whether a group takes the parameter away after each call, and keeps it in memory."""
+        group = self.by_parameter.get(id(parameter))
+        return group is not None and group.offload_to_disk_path is None
 
     def let_go(self, tensors: Sequence[Tensor]) -> None:
         """Take tensors, with their values, out of the group that moves the first of them.

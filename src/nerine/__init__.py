@@ -89,10 +89,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BOFT",
     "IA3",
+    "DeviceError",
     "DiagOFT",
     "DoRA",
     "DyLoRA",
-    "DeviceError",
     "FormatError",
     "Full",
     "GLoRA",

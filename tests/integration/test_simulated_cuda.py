@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -595,7 +596,8 @@ def test_every_failing_check_is_shown(run_on_simulated_cuda) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has no use for the simulation")
 def test_the_simulation_must_come_before_torch() -> None:
     code = "import simulated_cuda, torch; simulated_cuda.install('nowhere.so')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    tests = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tests, capture_output=True, text=True, check=False)
     assert "before torch is imported" in done.stderr
 
 

@@ -38,6 +38,7 @@ PUBLIC = {
     "ShapeError",
     "OptionError",
     "TargetError",
+    "DeviceError",
     "FormatError",
     "UnsupportedBase",
     "MergeError",

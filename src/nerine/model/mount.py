@@ -241,7 +241,9 @@ class Weight:
 
     def _pack(self, t: Tensor) -> Any:
         made = self.made
-        if made is None or t.untyped_storage().data_ptr() != made.untyped_storage().data_ptr():
+        if made is None or type(t) not in (Tensor, nn.Parameter):  # others may have no memory of their own to ask for
+            return t
+        if t.untyped_storage().data_ptr() != made.untyped_storage().data_ptr():
             return t
         again = Weight(self.holder, self.mount, self.device)
         again.stored = None if self.is_away else self.stored

@@ -18,6 +18,8 @@ import torch
 
 from simulated_cuda import build
 
+pytestmark = pytest.mark.slow  # most of a minute; what is built on the devices runs with the other tests
+
 MODELS = """
 import copy, tempfile
 import pytest

@@ -7,7 +7,7 @@ import torch
 
 from contract.cases import ALGORITHMS, ONE_OF_EACH, PLACES, few, places_of
 from nerine.algorithms import Algorithm, Call, Params
-from nerine.model.adapter import start
+from nerine.model.adapter import Adapter, start
 from nerine.model.layer import site_of
 from nerine.testing.battery import adapted, by_weight, call_of, input_at, path_of
 from nerine.testing.places import site_at
@@ -27,16 +27,7 @@ def test_a_rounded_base_costs_the_deviation_nothing(algorithm: Algorithm) -> Non
         if site_at(place).opaque:
             continue  # there the module itself computes with the weight
         model, _, adapter = adapted(algorithm, place, torch.bfloat16)
-        layer = model[0]
-        params = adapter.folded()
-        params = params.filled(t.detach() for t in params.tensors.values())
-        x = input_at(place, torch.float32)
-        wide = layer_with(layer, torch.float32)
-        weight = adapter.site.canonical(layer.weight)
-        call = Call(site_of(wide), x, wide(x), getattr(wide, "bias", None), lambda weight=weight: weight)
-        got = algorithm.deviation(params, call)
-        exact_layer = layer_with(layer, torch.float64)
-        want = algorithm.deviation(doubled(params), call_of(exact_layer, as_double(x)))
+        got, want = deviations(adapter, model[0], input_at(place, torch.float32))
         assert got.dtype == torch.float32
         error = float((got - want).norm() / want.norm())
         assert error < 5e-3, f"{algorithm} at {place}: {error:.1e}"
@@ -60,16 +51,21 @@ def test_a_change_of_a_thousandth_survives_a_bf16_base(algorithm: Algorithm) -> 
         if "rescale" in adapter.names:
             with torch.no_grad():
                 adapter.rescale.copy_(1 + torch.randn_like(adapter.rescale) / 1000)
-        params = adapter.folded()
-        params = params.filled(t.detach() for t in params.tensors.values())
-        change = algorithm.weight_deviation(doubled(params), weight.double()).norm()
+        change = algorithm.weight_deviation(doubled(adapter.folded()), weight.double()).norm()
         assert 1e-4 < float(change) / size < 4e-3, f"{algorithm} at {place}: not the change that this is about"
-        wide = layer_with(layer, torch.float32)
-        call = Call(site_of(wide), x, wide(x), getattr(wide, "bias", None), lambda weight=weight: weight)
-        got = algorithm.deviation(params, call)
-        want = algorithm.deviation(doubled(params), call_of(layer_with(layer, torch.float64), as_double(x)))
+        got, want = deviations(adapter, layer, x)
         error = float((got - want).norm() / want.norm())
         assert error < 5e-3, f"{algorithm} at {place}: {error:.1e} of the change"
+
+
+def deviations(adapter: Adapter, layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the adapter adds for fp32 activations and the layer's weight as it is kept; and the same all in fp64."""
+    params, algorithm = adapter.folded(), adapter.algorithm
+    params = params.filled(t.detach() for t in params.tensors.values())
+    wide, weight = layer_with(layer, torch.float32), adapter.site.canonical(layer.weight)
+    call = Call(site_of(wide), x, wide(x), getattr(wide, "bias", None), lambda: weight)
+    exact = call_of(layer_with(layer, torch.float64), as_double(x))
+    return algorithm.deviation(params, call), algorithm.deviation(doubled(params), exact)
 
 
 def doubled(params: Params) -> Params:

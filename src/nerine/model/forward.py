@@ -79,14 +79,15 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
                 check_known_to_engine(mount.path, adapter.parameters(), adapter.belongs)
     if not any(active for *_, active in found):
         return base(*args, **kwargs)
-    _check_places(before is None and plain_forward(layer), found, _input_of(args, kwargs))
+    is_plain = before is None and plain_forward(layer)
+    _check_places(is_plain, found, _input_of(args, kwargs))
     if any(is_split(holder._parameters[mount.attr]) for holder, mount, _ in found):
         return _on_mesh(layer, base, found, args, kwargs)
     if any(mount.site.opaque for _, mount, _ in found):
         return through_module(layer, base, found, args, kwargs)
     if len(found) == 1 and found[0][1].rows is None:
         _, mount, active = found[0]
-        y = _whole(layer, before, base, mount, active, args, kwargs)
+        y = _whole(layer, is_plain, base, mount, active, args, kwargs)
         return y if mount.site.kind != "embedding" else _without_padding(layer, y, _input_of(args, kwargs))
     y = base(*args, **kwargs)
     for holder, mount, active in found:
@@ -96,7 +97,7 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
 
 def _whole(
     layer: nn.Module,
-    before: Callable[..., Any] | None,
+    is_plain: bool,
     base: Callable[..., Any],
     mount: Mount,
     active: list[Adapter],
@@ -108,12 +109,12 @@ def _whole(
     drawn = [(adapter, adapter(x)) for adapter in active]
     weight = Weight(layer, mount, x.device)
     with weight.unkept():
-        return _cheapest(layer, before, base, weight, drawn, args, kwargs)
+        return _cheapest(layer, is_plain, base, weight, drawn, args, kwargs)
 
 
 def _cheapest(
     layer: nn.Module,
-    before: Callable[..., Any] | None,
+    is_plain: bool,
     base: Callable[..., Any],
     weight: Weight,
     drawn: list[tuple[Adapter, Drawn]],
@@ -127,8 +128,7 @@ def _cheapest(
             y = _by_input(base, weight, site, drawn[0], args, kwargs)
             if y is not None:
                 return y
-        is_open = before is None and weight.storage is None and plain_forward(layer)
-        if is_open and any(adapter.prefers_weight for adapter, _ in drawn):
+        if is_plain and weight.storage is None and any(adapter.prefers_weight for adapter, _ in drawn):
             return _weight_path(layer, weight, site, drawn, x)
     y = base(*args, **kwargs)
     if weight.storage is not None and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
@@ -136,15 +136,14 @@ def _cheapest(
             f"{mount.path}: the layer ({weight.storage.name}) passes no gradient to its input, so that nothing before "
             "it could learn; train on a base that rounds weights alone, or call the model without gradients"
         )
-    return _beside(layer, before is None, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
+    return _beside(is_plain, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
 
 
-def _beside(layer: nn.Module, is_own: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
+def _beside(is_plain: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
     """The layer's output `y` with the deviations of all adapters added."""
     (first, (params, gate)), *others = drawn
     if not others and first.is_plain:
-        fresh = is_own and plain_forward(layer)
-        y = first.algorithm.output(params, replace(call, fresh=fresh, gate=gate))
+        y = first.algorithm.output(params, replace(call, fresh=is_plain, gate=gate))
         shift = first.algorithm.shift(params)
         return y if shift is None else y + same_dtype(call.site.over_channels(shift), y)
     for adapter, now in drawn:

@@ -7,23 +7,30 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from nerine.algorithms import Algorithm, Params
-from nerine.errors import DeviceError, FormatError, OptionError, nearest
-from nerine.files.checkpoint import Checkpoint, Record, SaveReport
-from nerine.files.dialects import DIALECTS
+from nerine.errors import DeviceError, FormatError, OptionError
+from nerine.files.checkpoint import Base, Checkpoint, Layer, Record, of_record
+from nerine.files.detect import dialect_named
+from nerine.files.folder import open_adapter, write
 from nerine.files.meta import write_meta
-from nerine.files.store import Source, open_file, write_file
+from nerine.files.readers import readers_of
+from nerine.files.reading import read_checkpoint
+from nerine.files.reports import SaveReport
+from nerine.files.store import Outgoing, Source
+from nerine.files.writing import lay_out
 from nerine.model.adapter import Noise, check_strength
 from nerine.model.fitting import Fitting, check_name, fit_in
-from nerine.model.mount import original_at, settle, weight_at
+from nerine.model.mount import Mount, Spot, bias_at, original_at, settle, weight_at
 from nerine.model.network import Network
 from nerine.model.offload import present
-from nerine.model.sharded import at_rest, check_engines, only_first, whole
-from nerine.model.targets import every_spot
+from nerine.model.sharded import at_rest, check_engines, is_split, only_first, whole
+from nerine.model.targets import every_spot, spot_at
+from nerine.ops.precision import wide
 from nerine.site import Site
 from nerine.version import __version__
 
@@ -38,21 +45,26 @@ def save(
     file: str | os.PathLike[str],
     *,
     dialect: str = "lycoris",
+    component: str | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    hashes: bool = False,
 ) -> SaveReport:
-    """Write the adapters of `network` to a safetensors file, whole or not at all.
+    """Write the adapters of `network` to a safetensors file (for `dialect="peft"` a folder), whole or not at all.
 
-    `dtype` casts the tensors (None: as trained; alpha and magnitudes always stay in fp32). `metadata` is added to
-    what nerine writes about settings, layers and version. The same adapters give the same bytes. Where processes hold
-    pieces of the tensors (FSDP2, tensor parallel, ZeRO-3) all of them must call this; the first of them writes.
+    `dialect` says for which programs (see `nerine.files.dialects`); the report says who reads the file exactly,
+    approximately or not at all. `component` is the part of a pipeline that the model is ("unet", "text_encoder_2", ...)
+    where its layers do not tell. `dtype` casts the tensors (None: as trained; alpha and magnitudes always stay in
+    fp32). `metadata` is added to what nerine writes about settings, layers and version; `hashes` adds the two by which
+    sd-scripts and A1111 know a file. The same adapters give the same bytes. Where processes hold pieces of the tensors
+    (FSDP2, tensor parallel, ZeRO-3) all of them must call this; the first of them writes.
 
     Raises:
         OptionError: an unknown dialect or dtype, or a network of several names (save `network["name"]`).
-        FormatError: two layers would get the same name, or the folder does not exist.
+        FormatError: two layers would get the same name, the dialect cannot hold an adapter exactly, or the folder does
+            not exist.
     """
-    if dialect not in DIALECTS:
-        raise OptionError(f"no dialect is called {dialect!r}. {nearest(dialect, DIALECTS)}")
+    chosen = dialect_named(dialect)
     if dtype not in _DTYPES:
         raise OptionError(f"dtype must be torch.float32, float16, bfloat16, float64 or None, got {dtype!r}")
     if len(network.names) != 1:
@@ -61,30 +73,56 @@ def save(
     for key, value in other.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in ("nerine", "format"):
             raise OptionError(f"metadata is text to text and not 'nerine' or 'format', got {key!r}: {value!r}")
+    sites = {path: spot.site for path, spot in every_spot(network.model).items()} if chosen.naming != "own" else {}
     with present(network.model):
-        records = _records(network)
-    tensors = DIALECTS[dialect].write(records, dtype)
-    meta = write_meta({path: record.algorithm for path, record in records.items()}, __version__, other)
-    held = (t for h, _, _, a in network.placed() for t in (*h._parameters.values(), *a.parameters()) if t is not None)
-    size = only_first(held, lambda: write_file(file, tensors, meta))
-    return SaveReport(os.fspath(file), dialect, len(records), len(tensors), size, tuple(_notes(network)))
+        layers = _layers(network)
+        written = lay_out(layers, chosen, sites=sites, dtype=dtype, component=component)
+        algorithms = {path: layer.algorithm for path, layer in layers.items()}
+        meta = write_meta(algorithms, __version__, {**written.header, **other}, chosen.name)
+        held = [
+            t for h, _, _, a in network.placed() for t in (*h._parameters.values(), *a.parameters()) if t is not None
+        ]
+        tensors = written.tensors
+        if any(is_split(t) or hasattr(t, "ds_id") for t in held):  # every process must ask for the weights
+            tensors = tuple(map(_held, tensors))
+        size = only_first(held, lambda: write(file, chosen, tensors, meta, written.config, hashes))
+        readers = readers_of(written, chosen)
+    return SaveReport(os.fspath(file), dialect, len(layers), len(tensors), size, tuple(_notes(network)), readers)
 
 
-def _records(network: Network) -> dict[str, Record]:
-    records = {}
+def _held(outgoing: Outgoing) -> Outgoing:
+    """A tensor made now instead of when its turn comes."""
+    tensor = outgoing.make()
+    return outgoing._replace(make=lambda: tensor)
+
+
+def _layers(network: Network) -> dict[str, Layer]:
+    layers = {}
     for holder, mount, _, adapter in network.placed():
         settle(holder, mount)
         if adapter.pending == "start":
             raise DeviceError(
                 f"{mount.path}: the base is on meta, so its adapter has no values yet; load its weights first"
             )
-        base = original_at(holder, mount).detach()
+        original = original_at(holder, mount).detach()
         with torch.no_grad():
             p = adapter.folded()
             if not adapter.site.experts:
-                p = adapter.algorithm.for_file(p.filled(t.to(base.device) for t in p.tensors.values()), base)
-        records[mount.path] = Record(adapter.algorithm, adapter.site, p.filled(t.detach() for t in p.tensors.values()))
-    return records
+                p = adapter.algorithm.for_file(p.filled(t.to(original.device) for t in p.tensors.values()), original)
+        params = p.filled(t.detach() for t in p.tensors.values())
+        layers[mount.path] = of_record(Record(adapter.algorithm, adapter.site, params), _base(holder, mount, params))
+    return layers
+
+
+def _base(holder: nn.Module, mount: Mount, params: Params) -> Base:
+    """What is under a mount, on the device of its adapter, for dialects whose numbers depend on it."""
+    device = next(iter(params.tensors.values())).device
+
+    def bias() -> torch.Tensor | None:
+        found = bias_at(holder, mount) if mount.original is None else mount.original[1]
+        return None if found is None else found.detach().to(device)
+
+    return Base(lambda: original_at(holder, mount).detach().to(device), bias)
 
 
 def _notes(network: Network) -> list[str]:
@@ -106,6 +144,9 @@ def load(
     own: bool = True,
     freeze: bool = True,
     strict: bool = False,
+    dialect: str | None = None,
+    component: str | None = None,
+    allow_pickle: bool = False,
     dropout: float = 0.0,
     rank_dropout: float = 0.0,
     module_dropout: float = 0.0,
@@ -113,69 +154,98 @@ def load(
 ) -> Network:
     """Put the adapters of a file on `model`, or copy them into a `Network` that is attached already (to resume).
 
+    `file` may be in any dialect; which one is worked out from its keys, or is `dialect`. PEFT's is a folder. Where the
+    file has adapters for several parts of a pipeline that this model could be, `component` says which it is ("unet",
+    "text_encoder", "text_encoder_2", ...). Pickles (.pt, .bin, ...) are read only with `allow_pickle`, and then without
+    running anything in them.
+
     The returned network's `report` says which layers were matched, which keys were not used and why, and which layers
     the file should have had. With `strict` an unused key or missing layer is an error. The other settings are those
     of `attach`; resuming keeps the network's own. `algorithms` are classes of your own that the file may hold beside
     those of the registry. Loading twice is the same as loading once.
 
     Raises:
-        FormatError: damaged, nothing matched, or not complete under `strict`.
+        FormatError: damaged, nothing matched, in no one dialect, or not complete under `strict`.
         ShapeError: a tensor does not fit its layer.
         OptionError: the name is taken. The model is untouched whenever an error is raised.
     """
+    choice = _Choice(strict, dialect, component, allow_pickle, tuple(algorithms))
     if isinstance(model, Network):
-        return _resume(model, file, strict, algorithms)
+        return _resume(model, file, choice)
     if not isinstance(model, nn.Module):
         raise OptionError(f"load: expected a torch.nn.Module or a Network, got {type(model).__name__}")
     check_strength(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
     check_engines(model)
-    with open_file(file) as source:
+    with open_adapter(file, allow_pickle=allow_pickle) as source:
         spots = every_spot(model, _rows_in(source.keys))
         sites = {path: spot.site for path, spot in spots.items()}
-        checkpoint = _read(source, sites, strict, algorithms=algorithms)
-    check_engines(model, [(path, spots[path].holder) for path in checkpoint.records])
-    fittings, notes = [], []
-    with present(model):
-        for path, record in checkpoint.records.items():
-            weight = weight_at(spots[path].holder, spots[path]).detach()
-            params, note = _completed(record, weight)
-            notes += [f"{path}: {note}"] if note else []
-            fittings.append(Fitting(spots[path], record.algorithm, _placed(params, weight), strength=strength))
+        checkpoint = _read(source, sites, choice)
+        spots = {path: spot_at(spots, path) for path in checkpoint.layers}
+        check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
+        fittings, notes = [], []
+        with present(model):
+            for path, layer in checkpoint.layers.items():
+                record, note = _completed(layer, spots[path])
+                notes += [f"{path}: {note}"] if note else []
+                fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=strength))
     network, _ = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
     network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))
     return network
 
 
+class _Choice(NamedTuple):
+    """How a file is to be read."""
+
+    strict: bool
+    dialect: str | None
+    component: str | None
+    allow_pickle: bool
+    algorithms: tuple[type[Algorithm], ...]
+
+
 def _rows_in(keys: Iterable[str]) -> list[tuple[int, int]]:
     """The row ranges of adapters on some rows of a weight, whose names in a file end in [start:stop]."""
-    found = {match.groups() for key in keys for match in re.finditer(r"\[(\d+):(\d+)\]", key)}
+    found = {match.groups() for key in keys for match in re.finditer(r"\[(\d{1,9}):(\d{1,9})\]", key)}
     return sorted((int(start), int(stop)) for start, stop in found)
 
 
-def _completed(record: Record, weight: torch.Tensor) -> tuple[Params, str]:
-    """The tensors of a record with what its file leaves to be worked out from the weight."""
-    if weight.is_meta or record.site.experts:
-        return record.params, ""
-    return record.algorithm.complete(record.params, weight)
+def _completed(layer: Layer, spot: Spot) -> tuple[Record, str]:
+    """A layer in memory, with what its file leaves to be worked out from the weight, placed where a fresh adapter would
+    be; a note on what was worked out, or on numbers that are none."""
+    record = layer.record()
+    notes = [f"not finite: {name}" for name, t in record.params.tensors.items() if not torch.isfinite(wide(t)).all()]
+    weight = weight_at(spot.holder, spot).detach()
+    if weight.is_meta and layer.finish is not None:
+        raise DeviceError(f"{spot.path}: its base is on meta, and the file can be read only beside its weights")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    device = "cpu" if weight.is_meta else weight.device  # on meta the values would be lost
+    params = record.params.filled(t.to(device=device, dtype=dtype) for t in record.params.tensors.values())
+    record = replace(record, params=params)
+    with torch.no_grad():
+        if layer.finish is not None:
+            bias = bias_at(spot.holder, spot)
+            record = layer.finish(record, weight, None if bias is None else bias.detach())
+        record = replace(record, params=record.algorithm.from_file(record.params))
+        if not (weight.is_meta or record.site.experts):
+            params, note = record.algorithm.complete(record.params, weight)
+            record = replace(record, params=params)
+            notes += [note] if note else []
+    return record, "; ".join(notes)
 
 
-def _read(
-    source: Source,
-    sites: Mapping[str, Site],
-    strict: bool,
-    wanted: Iterable[str] = (),
-    algorithms: Sequence[type[Algorithm]] = (),
-) -> Checkpoint:
+def _read(source: Source, sites: Mapping[str, Site], choice: _Choice, wanted: Iterable[str] = ()) -> Checkpoint:
     """The checkpoint of an open file; `wanted` layers that it lacks are reported as missing."""
-    checkpoint = DIALECTS["lycoris"].knowing(algorithms).read(source, sites)
-    report = checkpoint.report.lacking(tuple(path for path in wanted if path not in checkpoint.records))
+    checkpoint = read_checkpoint(
+        source, sites, dialect=choice.dialect, component=choice.component, others=choice.algorithms
+    )
+    report = checkpoint.report.lacking(tuple(path for path in wanted if path not in checkpoint.layers))
     if report.unmatched or report.missing:
         summary = (
             f"{report.file}: {len(report.unmatched)} keys were not used and {len(report.missing)} layers are missing"
         )
-        if strict:
+        if choice.strict:
             details = [f"{key}: {why}" for key, why in report.unmatched.items()]
             details += [f"missing: {p}" for p in report.missing]
             raise FormatError(f"{summary}. {'; '.join(details[:5])}")
@@ -183,29 +253,22 @@ def _read(
     return replace(checkpoint, report=report)
 
 
-def _placed(params: Params, weight: torch.Tensor) -> Params:
-    """Tensors on the device of their layer, in the format in which a fresh adapter would be."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    device = "cpu" if weight.is_meta else weight.device  # on meta the values would be lost
-    return params.filled(t.to(device=device, dtype=dtype) for t in params.tensors.values())
-
-
-def _resume(
-    network: Network, file: str | os.PathLike[str], strict: bool, algorithms: Sequence[type[Algorithm]]
-) -> Network:
+def _resume(network: Network, file: str | os.PathLike[str], choice: _Choice) -> Network:
     if len(network.names) != 1:
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
     placed = {mount.path: (holder, mount, adapter) for holder, mount, _, adapter in network.placed()}
     sites = {path: adapter.site for path, (*_, adapter) in placed.items()}
-    with open_file(file) as source:
-        checkpoint = _read(source, sites, strict, placed, algorithms)
     found, notes = {}, []
-    for path, record in checkpoint.records.items():
-        holder, mount, adapter = placed[path]
-        params, note = _completed(record, weight_at(holder, mount).detach())
-        notes += [f"{path}: {note}"] if note else []
-        found[path] = adapter.algorithm.from_file(params)
-        adapter.check_same(record.algorithm, found[path])
+    with open_adapter(file, allow_pickle=choice.allow_pickle) as source:
+        checkpoint = _read(source, sites, choice, placed)
+        with present(network.model):
+            for path, layer in checkpoint.layers.items():
+                holder, mount, adapter = placed[path]
+                spot = Spot(path, holder, adapter.site, mount.attr, mount.rows)
+                record, note = _completed(layer, spot)
+                notes += [f"{path}: {note}"] if note else []
+                found[path] = adapter.algorithm.from_file(record.params)
+                adapter.check_same(record.algorithm, found[path])
     network.not_merged("load tensors")
     at_rest(network.model)
     for path, params in found.items():

@@ -174,6 +174,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     assert own == {
         "semantics": 1,
         "version": nerine.__version__,
+        "dialect": "lycoris",
         "algorithms": [ALGORITHM.settings()],
         "layers": {"a": 0, "b": 0, "c": 0},
     }

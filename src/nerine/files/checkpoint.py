@@ -1,93 +1,112 @@
-"""The one form that adapters have in memory between a file and a model: records by layer path."""
+"""The one form that adapters have between a file and a model: layers by path, each brought into memory when asked for.
+
+A `Layer` knows everything about its adapter that the shapes tell; its tensors are read, changed into the canonical form
+and forgotten again one layer at a time, so that the memory a conversion needs does not grow with the file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from nerine.algorithms import Algorithm, Params
+import torch
+from torch import Tensor
+
+from nerine.algorithms import Algorithm, Params, Shape
 from nerine.files.meta import Meta
+from nerine.files.reports import LoadReport
 from nerine.site import Site
-from nerine.tables import table
 
-__all__ = ["Checkpoint", "LoadReport", "LoadRow", "Record", "SaveReport"]
+__all__ = ["Base", "Checkpoint", "Finish", "Layer", "Record", "joined", "of_record"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """The adapter of one layer: algorithm, shape of the layer, and tensors in canonical names and shapes."""
+    """The adapter of one layer in memory: algorithm, shape of the layer, and tensors in canonical names and shapes."""
 
     algorithm: Algorithm
     site: Site
     params: Params
 
 
-@dataclass(frozen=True)
-class LoadRow:
-    """What was read for one layer. `rank` is None where the tensors have none."""
+class Base(NamedTuple):
+    """Weight `[out, in, *k]` and bias of a layer, for whoever asks for them."""
 
-    layer: str
-    algorithm: str
-    rank: int | None
+    weight: Callable[[], Tensor]
+    bias: Callable[[], Tensor | None]
+
+
+Finish = Callable[[Record, Tensor, Tensor | None], Record]
+"""What can be worked out only beside the layer: a record, the weight `[out, in, *k]` and the bias in, a record out."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The adapter of one layer, not yet in memory.
+
+    `load` brings its tensors, in the number format in which they are kept. `finish` completes them from the weight of
+    the layer, where the file leaves something to be worked out. `base` gives that weight and the bias, where they are
+    at hand.
+    """
+
+    algorithm: Algorithm
+    site: Site
+    shapes: Mapping[str, Shape]
     scale: float
-    note: str = ""
+    load: Callable[[], Params]
+    finish: Finish | None = None
+    base: Base | None = None
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # fp32 where nothing else is said
+
+    def record(self) -> Record:
+        """The adapter with its tensors."""
+        return Record(self.algorithm, self.site, self.load())
+
+    def sketch(self) -> Record:
+        """The adapter with tensors that have shapes and no values, to learn what a change makes of them."""
+        dtypes = dict.fromkeys(self.shapes, torch.float32) | dict(self.dtypes)
+        shapes = {n: torch.empty(shape, dtype=dtypes[n], device="meta") for n, shape in self.shapes.items()}
+        return Record(self.algorithm, self.site, Params(shapes, self.scale))
+
+    def changed(self, change: Callable[[Record], Record]) -> Layer:
+        """This layer as `change` makes it, which is asked for shapes first and for values when they are needed."""
+        return replace(self, **_known(change(self.sketch())), load=lambda: change(self.record()).params)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of a file: layers matched, keys that were not used (with the reason), layers that are missing."""
-
-    file: str
-    rows: tuple[LoadRow, ...] = ()
-    unmatched: Mapping[str, str] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    idle: tuple[str, ...] = ()  # matched, but not executed by the model while others were
-
-    def lacking(self, layers: tuple[str, ...]) -> LoadReport:
-        """This report with `layers` among the missing ones."""
-        return replace(self, missing=tuple(dict.fromkeys([*self.missing, *layers])))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        rows = [(r.layer, r.algorithm, "" if r.rank is None else r.rank, f"{r.scale:g}", r.note) for r in self.rows]
-        lines = [table(("layer", "algorithm", "rank", "scale", "note"), rows)] if rows else []
-        lines.append(
-            f"{self.file}: {len(self.rows)} layers matched, {len(self.unmatched)} keys not used, "
-            f"{len(self.missing)} layers missing"
-        )
-        lines += [f"not used: {key}: {why}" for key, why in self.unmatched.items()]
-        lines += [f"missing: {path}" for path in self.missing]
-        lines += [f"never executed: {path}: its adapter has no effect" for path in self.idle]
-        return "\n".join([*lines, *self.notes])
+def _known(record: Record) -> dict[str, Any]:
+    """What a layer knows without its values."""
+    tensors = record.params.tensors
+    return {
+        "algorithm": record.algorithm,
+        "site": record.site,
+        "shapes": {name: tuple(t.shape) for name, t in tensors.items()},
+        "scale": record.params.scale,
+        "dtypes": {name: t.dtype for name, t in tensors.items()},
+    }
 
 
-@dataclass(frozen=True)
-class SaveReport:
-    """What was written."""
+def of_record(record: Record, base: Base | None = None) -> Layer:
+    """A layer whose tensors are in memory already."""
+    return Layer(**_known(record), load=lambda: record.params, base=base)
 
-    file: str
-    dialect: str
-    layers: int
-    tensors: int
-    bytes: int
-    notes: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        head = f"{self.file}: {self.layers} layers, {self.tensors} tensors, {self.bytes:,} bytes ({self.dialect})"
-        return "\n".join([head, *self.notes])
+def joined(layers: Sequence[Layer | None], join: Callable[[list[Record | None]], Record]) -> Layer:
+    """One layer that `join` makes of several, some of which may be missing."""
+    known = _known(join([None if layer is None else layer.sketch() for layer in layers]))
+    return Layer(**known, load=lambda: join([None if layer is None else layer.record() for layer in layers]).params)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Records by layer path, what the file said of itself, and the report of reading it."""
+    """Layers by path, what the file said of itself, and the report of reading it.
 
-    records: Mapping[str, Record]
+    `embeddings` are the tensors of textual inversions that the file carries, by trigger word and name. `flat` are
+    the layers whose names have lost their dots, where no model was at hand to find them.
+    """
+
+    layers: Mapping[str, Layer]
     meta: Meta
     report: LoadReport
+    embeddings: Mapping[str, Mapping[str, Callable[[], Tensor]]] = field(default_factory=dict)
+    flat: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """What nerine writes about an adapter beside its tensors: version of the numbers, settings, layers.
 
 One JSON text under the key "nerine": `semantics` (a file is always computed by the rules of its number, see
-docs/numerics), `version` of the library, `algorithms` (settings), `layers` ({path: index into algorithms}).
+docs/numerics), `version` of the library, `dialect`, `algorithms` (settings), `layers` ({path: index into algorithms}).
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ class Meta:
     version: str = ""
     other: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    dialect: str = ""
 
 
-def write_meta(layers: Mapping[str, Algorithm], version: str, other: Mapping[str, str]) -> dict[str, str]:
+def write_meta(
+    layers: Mapping[str, Algorithm], version: str, other: Mapping[str, str], dialect: str = "lycoris"
+) -> dict[str, str]:
     """Safetensors metadata (text to text) for adapters of these layers."""
     known: list[dict[str, Any]] = []
     index: dict[str, int] = {}
@@ -41,7 +44,7 @@ def write_meta(layers: Mapping[str, Algorithm], version: str, other: Mapping[str
         if settings not in known:
             known.append(settings)
         index[path] = known.index(settings)
-    own = {"semantics": SEMANTICS, "version": version, "algorithms": known, "layers": index}
+    own = {"semantics": SEMANTICS, "version": version, "dialect": dialect, "algorithms": known, "layers": index}
     return {"format": "pt", **other, _KEY: json.dumps(own, sort_keys=True, separators=(",", ":"))}
 
 
@@ -57,7 +60,7 @@ def read_meta(metadata: Mapping[str, str], where: str, others: Sequence[type[Alg
     try:
         own = json.loads(metadata[_KEY])
         semantics = int(own["semantics"])
-        version = str(own.get("version", ""))
+        version, dialect = str(own.get("version", "")), str(own.get("dialect", ""))
     except _UNREADABLE as error:
         return Meta(other=other, note=f"the nerine metadata cannot be read ({error}); the tensors alone were used")
     if semantics > SEMANTICS:
@@ -69,5 +72,5 @@ def read_meta(metadata: Mapping[str, str], where: str, others: Sequence[type[Alg
         algorithms = [build(settings, others) for settings in own["algorithms"]]
         layers = {str(path): algorithms[int(i)] for path, i in own["layers"].items()}
     except (OptionError, *_UNREADABLE) as error:
-        return Meta({}, semantics, version, other, f"the settings in the file are unusable ({error})")
-    return Meta(layers, semantics, version, other)
+        return Meta({}, semantics, version, other, f"the settings in the file are unusable ({error})", dialect)
+    return Meta(layers, semantics, version, other, dialect=dialect)

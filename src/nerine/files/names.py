@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from nerine.errors import FormatError
 
-__all__ = ["candidates", "flatten", "split_key", "stems"]
+__all__ = ["aliases", "candidates", "families_of", "flatten", "split_key", "stems", "unflatten"]
 
 
 def flatten(path: str) -> str:
@@ -45,3 +45,15 @@ def split_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
         return None
     suffix = max(ends, key=len)
     return key[: -len(suffix) - 1], suffix
+
+
+def aliases(shapes):
+    return {}
+
+
+def families_of(shapes):
+    return None
+
+
+def unflatten(name):
+    return None

@@ -11,10 +11,10 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,12 @@ class Source:
         self.keys: tuple[str, ...] = tuple(sorted(handle.keys()))
         self.metadata: Mapping[str, str] = dict(handle.metadata() or {})
 
+        self.config: Mapping[str, Any] = {}  # settings that stand in a file beside this one
+
+    def dtype(self, key: str) -> torch.dtype:
+        names = {v: k for k, v in _DTYPES.items()}
+        return names.get(self._handle.get_slice(key).get_dtype(), torch.uint8)
+
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._handle.get_slice(key).get_shape())
 
@@ -64,7 +70,7 @@ class Source:
 
 
 @contextmanager
-def open_file(path: str | os.PathLike[str]) -> Iterator[Source]:
+def open_file(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Iterator[Source]:
     """Open a safetensors file for reading.
 
     Raises:
@@ -90,7 +96,26 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[Source]:
         yield Source(file, handle)
 
 
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+class Outgoing(NamedTuple):
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def write_json(path, data):
+    text = json.dumps(data, indent=2, sort_keys=True)
+    Path(path).write_text(text)
+    return len(text)
+
+
+def write_file(path, tensors, metadata, hashes=False) -> int:
+    if not isinstance(tensors, Mapping):
+        tensors = {o.key: o.make() for o in tensors}
+    return _write_file(path, tensors, metadata)
+
+
+def _write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """Write `tensors` and return the number of bytes; the same content gives the same bytes.
 
     The file appears under its name only once it is complete and on the disk; an interruption or a full disk leaves

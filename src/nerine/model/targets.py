@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from nerine.errors import OptionError, TargetError, UnsupportedBase, nearest
 from nerine.model.adapter import check_strength
 from nerine.model.layer import is_layer, kind_of, layer_kind, parameter_site, projections, site_of
 from nerine.model.mount import Spot
+from nerine.site import Site
 
-__all__ = ["PRESETS", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches"]
+__all__ = ["PRESETS", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches", "spot_at"]
 
 _log = logging.getLogger("nerine")
 
@@ -171,10 +172,7 @@ class _Candidate:
         site = parameter_site(self.holder, self.attr, self.path) if alone else site_of(self.holder, self.path)
         if rows is None:
             return Spot(self.path, self.holder, site, self.attr, caller=self.caller)
-        if site.groups > 1 or site.kind not in ("linear", "conv") or site.experts or (site.opaque and not alone):
-            raise UnsupportedBase(f"{self.path}: adapters on some rows need a plain Linear or an ungrouped Conv")
-        if rows[1] > site.shape[0]:
-            raise OptionError(f"{self.path}: rows {rows} of a weight that has {site.shape[0]}")
+        check_rows(site, rows, self.path, alone)
         site = site.rows(rows[1] - rows[0])
         return Spot(f"{self.path}[{rows[0]}:{rows[1]}]", self.holder, site, self.attr, rows, self.caller)
 
@@ -258,6 +256,31 @@ def every_spot(model: nn.Module, rows: Sequence[tuple[int, int]] = ()) -> dict[s
                 continue
             found[spot.path] = spot
     return found
+
+
+def spot_at(spots: Mapping[str, Spot], path: str) -> Spot:
+    """The spot of that path; where it names rows of a weight, as in "to_qkv[0:64]", those of the whole weight's."""
+    if path in spots:
+        return spots[path]
+    whole, _, text = path[:-1].rpartition("[")
+    start, _, stop = text.partition(":")
+    spot = spots[whole]
+    rows = (int(start), int(stop))
+    check_rows(spot.site, rows, path, spot.caller is not None)
+    return replace(spot, path=path, site=spot.site.rows(rows[1] - rows[0]), rows=rows)
+
+
+def check_rows(site: Site, rows: tuple[int, int], path: str, alone: bool) -> None:
+    """Whether an adapter can act on some rows of a weight.
+
+    Raises:
+        UnsupportedBase: the layer has no rows that could be taken alone.
+        OptionError: it has fewer rows.
+    """
+    if site.groups > 1 or site.kind not in ("linear", "conv") or site.experts or (site.opaque and not alone):
+        raise UnsupportedBase(f"{path}: adapters on some rows need a plain Linear or an ungrouped Conv")
+    if rows[1] > site.shape[0]:
+        raise OptionError(f"{path}: rows {rows} of a weight that has {site.shape[0]}")
 
 
 def _target(candidate: _Candidate, rule: Rule) -> Target | str:

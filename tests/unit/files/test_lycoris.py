@@ -378,8 +378,8 @@ def test_unknown_suffixes_and_layers_are_reported(write: Callable[..., Path]) ->
     network = nerine.load(model_of(), path := write(tensors))
     assert network.report.unmatched == {
         "emb_params": "no known algorithm has such a tensor",
-        "lora_unet_x.lora_up.weight": "the model has no layer lora_unet_x",
-        "lycoris_block_lin_ear.bias_values": "no known algorithm has such a tensor",
+        "lora_unet_x.lora_up.weight": "not a name in the lycoris dialect",
+        "lycoris_block_lin_ear.bias_values": "a sparse part is bias_indices, bias_values, bias_size, and not all are there",
         "lycoris_block_other.lora_up.weight": "the model has no layer block_other",
     }
     assert "not used: emb_params" in str(network.report)
@@ -395,7 +395,7 @@ def test_the_file_of_another_model(write: Callable[..., Path]) -> None:
         nerine.load(model, write({"lycoris_down_blocks_0.lora_up.weight": torch.ones(2, 2)}))
     words = str(caught.value)
     assert "none of its 1 keys belongs to this model, so nothing was loaded" in words
-    assert "In the file: lycoris_down_blocks_0.lora_up.weight" in words
+    assert "In the file (lycoris): lycoris_down_blocks_0.lora_up.weight" in words
     assert "would be called lycoris_conv, " in words
 
 

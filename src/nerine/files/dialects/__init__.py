@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from nerine.files.dialects.base import Dialect
+from nerine.files.dialects.comfy import Bare, Comfy
+from nerine.files.dialects.diffusers import Diffusers
+from nerine.files.dialects.kohya import Kohya
 from nerine.files.dialects.lycoris import Lycoris
+from nerine.files.dialects.peft import Peft
 
-__all__ = ["DIALECTS", "Lycoris"]
+__all__ = ["DIALECTS", "Dialect"]
 
-DIALECTS = {Lycoris.name: Lycoris()}
+DIALECTS: Mapping[str, Dialect] = {
+    dialect.name: dialect for dialect in (Lycoris(), Kohya(), Diffusers(), Peft(), Comfy(), Bare())
+}

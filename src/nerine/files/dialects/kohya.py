@@ -1,0 +1,44 @@
+"""The kohya dialect: the tensors of LyCORIS under the names of sd-scripts, `lora_unet_...` and `lora_te1_...`.
+
+Layers of SDXL's UNet and of transformers bear the names of the original implementations, which is what sd-scripts
+reads; those of SD 1 and 2 bear diffusers' names. Reading takes either for any model. sd-scripts' own OFT (`oft_unet_`)
+clamps by alpha even where alpha is zero, which leaves nothing.
+Source: sd-scripts `networks/*.py`, LyCORIS's kohya plug-in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from nerine.files.dialects.base import DENOISER, Dialect
+from nerine.files.pieces import ALPHA, Piece, Stem
+from nerine.files.store import Source
+
+__all__ = ["Kohya"]
+
+
+class Kohya(Dialect):
+    """sd-scripts and everything that reads its files."""
+
+    name = "kohya"
+    about = "sd-scripts, LyCORIS in sd-scripts, A1111, Forge, ComfyUI"
+    prefixes: ClassVar[Mapping[str, str]] = {
+        "lora_unet_": DENOISER,
+        "oft_unet_": DENOISER,
+        "lora_te_": "text_encoder",
+        "lora_te1_": "text_encoder",
+        "lora_te2_": "text_encoder_2",
+        "lora_te3_": "text_encoder_3",
+        "lora_prior_unet_": DENOISER,
+        "lora_prior_te_": "text_encoder",
+    }
+    flat = True
+    naming = "native"
+
+    def translate(self, stem: Stem, pieces: dict[str, Piece], source: Source) -> dict[str, Piece]:
+        if not stem.text.startswith("oft_unet_") or "oft_blocks" not in pieces or ALPHA not in pieces:
+            return pieces
+        if float(pieces[ALPHA].read().reshape(-1)[0]) == 0:  # a bound of zero, and not the absence of one
+            pieces = {**pieces, "oft_blocks": pieces["oft_blocks"].changed(lambda t: t * 0)}
+        return pieces

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def readers_of(written, dialect):
+    return ()

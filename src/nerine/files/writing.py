@@ -1,0 +1,219 @@
+"""Writing a file: which layer bears which name in a dialect, and the tensors under each name, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nerine.errors import FormatError
+from nerine.files.checkpoint import Base, Layer, Record, joined
+from nerine.files.dialects import DIALECTS
+from nerine.files.dialects.base import DENOISER, EXACT, Dialect, Emitted
+from nerine.files.names import aliases, families_of, flatten
+from nerine.files.resolve import component_of, split_parts
+from nerine.files.rows import Span, fuse, take
+from nerine.files.store import Outgoing
+from nerine.site import Site
+
+__all__ = ["Written", "lay_out", "split_rows"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file laid out: what every tensor is called, and how it is made when its turn comes."""
+
+    tensors: tuple[Outgoing, ...]
+    layers: Mapping[str, Layer]  # by the name before the suffix
+    config: Mapping[str, Any] = field(default_factory=dict)
+    header: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class _Name(NamedTuple):
+    """A layer of a file: its whole stem, its path without a prefix, and what it is made of."""
+
+    stem: str
+    path: str
+    layer: Layer
+
+
+def lay_out(
+    layers: Mapping[str, Layer],
+    dialect: Dialect,
+    *,
+    sites: Mapping[str, Site] | None = None,
+    dtype: torch.dtype | None = None,
+    component: str | None = None,
+) -> Written:
+    """The layers (by path in their model) as a file of this dialect.
+
+    `sites` are all layers of the model, where it is at hand; they help to tell what it is. `dtype` casts the tensors,
+    but for alpha and magnitudes. `component` says which part of a pipeline the model is.
+
+    Raises:
+        FormatError: two layers would get the same name, or the dialect cannot hold one of them exactly.
+    """
+    names = list(_named(layers, dialect, sites or {path: layer.site for path, layer in layers.items()}, component))
+    _check(names, dialect)
+    tensors: list[Outgoing] = []
+    for name in names:
+        emitted = _Emitted(name.layer, dialect)
+        for suffix, sketch in emitted.sketch().items():
+            key = dialect.key(name.stem, suffix)
+            tensors.append(_outgoing(key, suffix, sketch, emitted, dtype))
+    config, header = dialect.beside({name.stem: name.layer.sketch() for name in names})
+    return Written(tuple(tensors), {name.stem: name.layer for name in names}, config, header)
+
+
+class _Emitted:
+    """The tensors of one layer, made once for all of its keys and dropped with the last of them."""
+
+    def __init__(self, layer: Layer, dialect: Dialect) -> None:
+        self._layer, self._dialect = layer, dialect
+        self._made: Emitted = {}
+
+    def sketch(self) -> Emitted:
+        base = self._layer.base
+        if base is not None:
+            base = _sketched(base, self._layer.site)
+        return self._dialect.emit(self._layer.sketch(), base)
+
+    def take(self, suffix: str) -> Tensor:
+        if suffix not in self._made:
+            with torch.no_grad():
+                self._made = dict(self._dialect.emit(self._layer.record(), self._layer.base))
+        return self._made.pop(suffix)
+
+
+def _sketched(base: Base, site: Site) -> Base:
+    """A base of the same shapes without values."""
+    weight = torch.empty(site.shape, device="meta")
+    return Base(lambda: weight, lambda: weight.new_empty(site.shape[:1]) if site.has_bias else None)
+
+
+def _outgoing(key: str, suffix: str, sketch: Tensor, emitted: _Emitted, dtype: torch.dtype | None) -> Outgoing:
+    kept = sketch.dtype
+    if suffix in EXACT:
+        kept = torch.promote_types(kept, torch.float32)
+    elif dtype is not None and kept.is_floating_point:
+        kept = dtype
+    return Outgoing(key, tuple(sketch.shape), kept, lambda: emitted.take(suffix).detach().to(kept))
+
+
+def _check(names: Sequence[_Name], dialect: Dialect) -> None:
+    """Refuse what the dialect cannot hold exactly, and names that two layers share."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if seen.setdefault(name.stem, name.path) != name.path:
+            raise FormatError(
+                f"the layers {seen[name.stem]} and {name.path} would both be called {name.stem} in a file; "
+                "leave one of them out or rename it in the model"
+            )
+    refused = {name.path: why for name in names if (why := dialect.refuses(name.layer.sketch()))}
+    if refused:
+        able = [d.name for d in DIALECTS.values() if not any(d.refuses(name.layer.sketch()) for name in names)]
+        path, why = next(iter(refused.items()))
+        raise FormatError(
+            f"the {dialect.name} dialect cannot hold {len(refused)} of {len(names)} layers exactly. {path}: {why}. "
+            f"Choose one of the dialects that can: {', '.join(able) or 'there is none'}"
+        )
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+def split_rows(path: str) -> tuple[str, Span | None]:
+    """A path and the rows in it, as in "to_qkv[0:64]"."""
+    if not path.endswith("]") or "[" not in path:
+        return path, None
+    whole, _, rows = path[:-1].rpartition("[")
+    start, _, stop = rows.partition(":")
+    return whole, (int(start), int(stop))
+
+
+def _named(
+    layers: Mapping[str, Layer], dialect: Dialect, sites: Mapping[str, Site], component: str | None
+) -> Iterable[_Name]:
+    """Every layer of the file, in the order of the model."""
+    if not any(dialect.prefixes.values()):  # it knows no parts of a pipeline, and names layers as the model does
+        for path, layer in layers.items():
+            yield _name(dialect, next(iter(dialect.prefixes)), path, layer)
+        return
+    whole = {path: site for path, site in sites.items() if "[" not in path}
+    for part, paths in split_parts(whole).items():
+        cut = len(part) + 1 if part else 0
+        shapes = {path[cut:]: tuple(whole[path].shape) for path in paths}
+        here = set(paths)
+        own = {path[cut:]: layer for path, layer in layers.items() if split_rows(path)[0] in here}
+        if not own:
+            continue
+        told = component_of(component) if component else component_of(part)
+        prefix = dialect.prefix_of(told or _likely(shapes), part, _is_unet(shapes))
+        for path, layer in _renamed(own, dialect, shapes):
+            yield _name(dialect, prefix, path, layer)
+
+
+def _name(dialect: Dialect, prefix: str, path: str, layer: Layer) -> _Name:
+    return _Name(prefix + (flatten(path) if dialect.flat else path), path, layer)
+
+
+def _is_unet(shapes: Mapping[str, Any]) -> bool:
+    return any(path.startswith(("down_blocks.", "input_blocks.")) for path in shapes)
+
+
+def _likely(shapes: Mapping[str, Any]) -> str:
+    """The part of a pipeline that a model is, by its layers: a text encoder has attention layers of that library."""
+    words = ("self_attn.", "SelfAttention.", "text_model.")
+    return "text_encoder" if any(word in path for path in shapes for word in words) else DENOISER
+
+
+def _renamed(
+    layers: Mapping[str, Layer], dialect: Dialect, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterable[tuple[str, Layer]]:
+    """Layers under the names that the dialect uses for this family of models."""
+    found = families_of(shapes)
+    naming = dialect.naming_for(found)
+    others = aliases(shapes).get(naming, ()) if naming != "own" else ()
+    groups: dict[str, list[Any]] = {}
+    for alias in others:
+        groups.setdefault(alias.name, []).append(alias)
+    covered: set[str] = set()
+    for name, group in groups.items():
+        parts = [_source(layers, alias) for alias in group]
+        if not any(part for part, _ in parts):
+            continue
+        covered |= {used for _, used in parts}
+        yield name, _joined([part for part, _ in parts], group, shapes, name)
+    for path, layer in layers.items():
+        if path not in covered:
+            yield path, layer
+
+
+def _source(layers: Mapping[str, Layer], alias: Any) -> tuple[Layer | None, str]:
+    """The layer that a piece of a name comes from, cut to its rows."""
+    if alias.own_rows is None:
+        return layers.get(alias.own), alias.own
+    start, stop = alias.own_rows
+    rows = f"{alias.own}[{start}:{stop}]"
+    if rows in layers:
+        return layers[rows], rows
+    layer = layers.get(alias.own)
+    if layer is None:
+        return None, alias.own
+    return layer.changed(lambda record: take(record, [(start, stop)], alias.own)), alias.own
+
+
+def _joined(parts: list[Layer | None], group: list[Any], shapes: Mapping[str, tuple[int, ...]], name: str) -> Layer:
+    if len(group) == 1 and group[0].rows is None:
+        assert parts[0] is not None
+        return parts[0]
+    spans = [alias.rows for alias in group]
+    held = next(part for part in parts if part is not None)
+    site = held.site.rows(max(stop for _, stop in spans))
+
+    def join(records: list[Record | None]) -> Record:
+        return fuse(list(zip(records, spans, strict=True)), site, name)
+
+    return joined(parts, join)

@@ -137,7 +137,7 @@ def _named(
     layers: Mapping[str, Layer], dialect: Dialect, sites: Mapping[str, Site], component: str | None
 ) -> Iterable[_Name]:
     """Every layer of the file, in the order of the model."""
-    if not any(dialect.prefixes.values()):  # it knows no parts of a pipeline, and names layers as the model does
+    if dialect.naming == "own" and not any(dialect.prefixes.values()):  # it names all layers as the model does
         for path, layer in layers.items():
             yield _name(dialect, next(iter(dialect.prefixes)), path, layer)
         return

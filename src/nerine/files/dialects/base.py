@@ -18,6 +18,7 @@ from nerine.axes import Layout
 from nerine.files.checkpoint import Base, Layer, Record
 from nerine.files.pieces import ALPHA, MAGNITUDE, Known, Parts, Piece, Stem, piece_of, split, suffixes_of
 from nerine.files.store import Source
+from nerine.ops.precision import wide
 from nerine.site import Site
 
 __all__ = ["DENOISER", "EMBEDDINGS", "EXACT", "Dialect", "Emitted", "canonical", "rank_of"]
@@ -89,7 +90,7 @@ class Dialect(ABC):
             else:
                 found.add(stem, suffixes[parts[1]], piece_of(source, key), source.path)
         for stem, pieces in found.layers.items():
-            found.layers[stem] = self.translate(stem, pieces, source)
+            found.layers[stem] = self.translate(stem, _unscaled(pieces), source)
         return found
 
     def translate(self, stem: Stem, pieces: dict[str, Piece], source: Source) -> dict[str, Piece]:
@@ -139,6 +140,16 @@ class Dialect(ABC):
             FormatError: the weight of the layer is needed, and not at hand.
         """
         return canonical(record)
+
+
+def _unscaled(pieces: dict[str, Piece]) -> dict[str, Piece]:
+    """OFT of OneTrainer's without the mark that its entries, as stored, are 2·√(s - 1) times too large."""
+    mark, upper = pieces.pop("scaled_oft", None), pieces.get("oft_R.weight")
+    if mark is None or upper is None or len(upper.shape) != 2 or not bool(mark.read().reshape(-1)[0]):
+        return pieces
+    size = round((1 + (1 + 8 * upper.shape[1]) ** 0.5) / 2)
+    factor = 1 / (2 * max(size - 1, 1) ** 0.5)
+    return {**pieces, "oft_R.weight": upper.changed(lambda t: wide(t) * factor)}
 
 
 def canonical(record: Record) -> Emitted:

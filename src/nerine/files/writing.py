@@ -79,7 +79,7 @@ class _Emitted:
     def sketch(self) -> Emitted:
         base = self._layer.base
         if base is not None:
-            base = _sketched(base, self._layer.site)
+            base = _sketched(base, self._layer)
         return self._dialect.emit(self._layer.sketch(), base)
 
     def take(self, suffix: str) -> Tensor:
@@ -89,9 +89,11 @@ class _Emitted:
         return self._made.pop(suffix)
 
 
-def _sketched(base: Base, site: Site) -> Base:
+def _sketched(base: Base, layer: Layer) -> Base:
     """A base of the same shapes without values."""
-    weight = torch.empty(site.shape, device="meta")
+    site = layer.site
+    dtype = torch.float64 if torch.float64 in layer.dtypes.values() else torch.float32
+    weight = torch.empty(site.shape, dtype=dtype, device="meta")
     return Base(lambda: weight, lambda: weight.new_empty(site.shape[:1]) if site.has_bias else None)
 
 

@@ -7,8 +7,10 @@ Source: InvokeAI `invokeai/backend/patches/layers/`.
 from __future__ import annotations
 
 from nerine.algorithms import IA3, DoRA, Full, LoHa, LoKr, LowRank, Norm
-from nerine.files.checkpoint import Record
+from nerine.files.checkpoint import Base, Record
+from nerine.files.dialects.base import Emitted, canonical
 from nerine.files.dialects.kohya import Kohya
+from nerine.files.rows import plain
 
 __all__ = ["InvokeAI"]
 
@@ -26,8 +28,9 @@ class InvokeAI(Kohya):
             if not isinstance(algorithm.inner, LowRank) or "mid" in record.params.tensors:
                 return "InvokeAI has DoRA around a plain LoRA only"
             return "" if algorithm.axis == "in" else "InvokeAI takes DoRA norms over input channels only"
-        if isinstance(algorithm, LowRank) and {"down", "up"} <= set(record.params.tensors):
-            return ""
-        if isinstance(algorithm, LoHa | LoKr | IA3 | Full | Norm):
-            return ""
-        return f"InvokeAI has no {type(algorithm).__name__}"
+        known = LowRank | LoHa | LoKr | IA3 | Full | Norm
+        return "" if isinstance(algorithm, known) else f"InvokeAI has no {type(algorithm).__name__}"
+
+    def emit(self, record: Record, base: Base | None) -> Emitted:
+        has_its_names = "down" in record.params.tensors
+        return canonical(record if has_its_names else plain(record) or record)

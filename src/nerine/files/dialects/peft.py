@@ -162,6 +162,7 @@ def _oft_settings(records: Mapping[str, Record]) -> dict[str, Any]:
         raise FormatError("a PEFT folder has one OFT block size and number of terms for all layers, and these differ")
     count = terms.pop()
     return {
+        "peft_version": "0.18.0",  # whose series this is; before, it ended otherwise
         "r": 0,
         "oft_block_size": sizes.pop(),
         "use_cayley_neumann": count > 0,

@@ -86,7 +86,7 @@ def save(
         if any(is_split(t) or hasattr(t, "ds_id") for t in held):  # every process must ask for the weights
             tensors = tuple(map(_held, tensors))
         size = only_first(held, lambda: write(file, chosen, tensors, meta, written.config, hashes))
-        readers = readers_of(written, chosen)
+        readers = readers_of(written.layers, chosen)
     return SaveReport(os.fspath(file), dialect, len(layers), len(tensors), size, tuple(_notes(network)), readers)
 
 

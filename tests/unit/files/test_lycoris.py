@@ -379,7 +379,9 @@ def test_unknown_suffixes_and_layers_are_reported(write: Callable[..., Path]) ->
     assert network.report.unmatched == {
         "emb_params": "no known algorithm has such a tensor",
         "lora_unet_x.lora_up.weight": "not a name in the lycoris dialect",
-        "lycoris_block_lin_ear.bias_values": "a sparse part is bias_indices, bias_values, bias_size, and not all are there",
+        "lycoris_block_lin_ear.bias_values": (
+            "a sparse part is bias_indices, bias_values, bias_size, and not all are there"
+        ),
         "lycoris_block_other.lora_up.weight": "the model has no layer block_other",
     }
     assert "not used: emb_params" in str(network.report)

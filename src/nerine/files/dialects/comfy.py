@@ -15,13 +15,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nerine.algorithms import BOFT, DiagOFT, DoRA
+from nerine.algorithms import BOFT, IA3, DiagOFT, DoRA, Full, GLoRA, LoHa, LoKr, LowRank, Norm, OFTv2
 from nerine.errors import FormatError
 from nerine.files.checkpoint import Base, Layer, Record
 from nerine.files.dialects.base import DENOISER, Dialect, Emitted, canonical
 from nerine.files.pieces import MAGNITUDE, Stem
+from nerine.files.rows import plain
 from nerine.files.store import Source
 from nerine.ops.precision import wide
+from nerine.ops.tucker import tucker_in
 
 __all__ = ["Bare", "Comfy"]
 
@@ -41,7 +43,11 @@ class Comfy(Dialect):
     flat = False
     naming = "native"
 
+    def refuses(self, record: Record) -> str:
+        return unread(record)
+
     def emit(self, record: Record, base: Base | None) -> Emitted:
+        record = _without_core(_as_lora(record))
         algorithm = record.algorithm
         if isinstance(algorithm, DoRA) and algorithm.axis == "out":
             if base is None:
@@ -60,6 +66,43 @@ class Comfy(Dialect):
         if isinstance(layer.algorithm, DoRA) and layer.algorithm.axis == "out":
             return replace(layer, finish=_decompensated)
         return layer
+
+
+def unread(record: Record) -> str:
+    """Why ComfyUI would not compute what an adapter does, in whatever spelling; empty where it does."""
+    algorithm, site, tensors = record.algorithm, record.site, record.params.tensors
+    inner = algorithm.inner if isinstance(algorithm, DoRA) else algorithm
+    if isinstance(inner, IA3 | OFTv2) or not isinstance(inner, _KNOWN):
+        return f"ComfyUI has no {type(inner).__name__}"
+    if site.kind in ("embedding", "transposed") or site.flipped or site.experts:
+        return f"ComfyUI takes the weight of this layer ({site.kind}) the other way round"
+    if isinstance(algorithm, DoRA) and not isinstance(inner, LowRank | LoHa | LoKr | GLoRA):
+        return f"ComfyUI has no DoRA around {type(inner).__name__}"
+    if isinstance(inner, DiagOFT) and "rescale" in tensors:
+        return "ComfyUI leaves out the rescale of Diag-OFT"
+    needs_2d = isinstance(inner, LoKr) or not {"mid", "t1", "t2"}.isdisjoint(tensors)
+    if needs_2d and len(site.kernel) in (1, 3):
+        return "ComfyUI knows Tucker cores and Kronecker products on two-dimensional convolutions only"
+    return ""
+
+
+_KNOWN = (LowRank, LoHa, LoKr, GLoRA, DiagOFT, BOFT, Full, Norm)
+
+
+def _as_lora(record: Record) -> Record:
+    """A low-rank adapter of another name as the LoRA that it is."""
+    inner = record.algorithm.inner if isinstance(record.algorithm, DoRA) else record.algorithm
+    return (plain(record) or record) if "p" in record.params.tensors and isinstance(inner, LowRank) else record
+
+
+def _without_core(record: Record) -> Record:
+    """A LoKr with its Tucker core taken into one of the matrices beside it, which ComfyUI stumbles over otherwise."""
+    tensors = record.params.tensors
+    inner = record.algorithm.inner if isinstance(record.algorithm, DoRA) else record.algorithm
+    if not isinstance(inner, LoKr) or "t2" not in tensors:
+        return record
+    w2_b = tucker_in(tensors["t2"], tensors["w2_b"]).flatten(1)
+    return replace(record, params=record.params.without("t2").replaced(w2_a=tensors["w2_a"].mT.contiguous(), w2_b=w2_b))
 
 
 class Bare(Dialect):

@@ -1,5 +1,0 @@
-"""stub"""
-
-
-def readers_of(written, dialect):
-    return ()

@@ -30,7 +30,7 @@ from nerine.model.network import Network
 from nerine.model.offload import present
 from nerine.model.sharded import at_rest, check_engines, is_split, only_first, whole
 from nerine.model.targets import every_spot, spot_at
-from nerine.ops.precision import wide
+from nerine.ops.precision import is_finite
 from nerine.site import Site
 from nerine.version import __version__
 
@@ -126,7 +126,7 @@ def _base(holder: nn.Module, mount: Mount, params: Params) -> Base:
 
 
 def _notes(network: Network) -> list[str]:
-    bad = [key for key, t in network.state_dict().items() if not torch.isfinite(whole(t)).all()]
+    bad = [key for key, t in network.state_dict().items() if not is_finite(whole(t))]
     notes = [f"not finite: {key}" for key in bad]
     if any(adapter.strength != 1 for *_, adapter in network.adapters()):
         notes.append("strengths are not part of the file: it holds the adapter at strength 1")
@@ -215,7 +215,7 @@ def _completed(layer: Layer, spot: Spot) -> tuple[Record, str]:
     """A layer in memory, with what its file leaves to be worked out from the weight, placed where a fresh adapter would
     be; a note on what was worked out, or on numbers that are none."""
     record = layer.record()
-    notes = [f"not finite: {name}" for name, t in record.params.tensors.items() if not torch.isfinite(wide(t)).all()]
+    notes = [f"not finite: {name}" for name, t in record.params.tensors.items() if not is_finite(t)]
     weight = weight_at(spot.holder, spot).detach()
     if weight.is_meta and layer.finish is not None:
         raise DeviceError(f"{spot.path}: its base is on meta, and the file can be read only beside its weights")

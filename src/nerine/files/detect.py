@@ -8,7 +8,7 @@ from nerine.errors import FormatError, OptionError, nearest
 from nerine.files.dialects import DIALECTS
 from nerine.files.dialects.base import EMBEDDINGS, Dialect
 from nerine.files.meta import Meta
-from nerine.files.pieces import Known, split, suffixes_of
+from nerine.files.pieces import Known, split
 from nerine.files.store import Source
 
 __all__ = ["detect", "dialect_named", "scores"]
@@ -29,7 +29,7 @@ def dialect_named(name: str) -> Dialect:
 
 def scores(source: Source, known: Known, dialects: Iterable[Dialect] = ()) -> dict[str, float]:
     """{dialect: the share of the keys that it explains}, best first, those that explain nothing left out."""
-    suffixes = suffixes_of(known)
+    suffixes = known.suffixes
     splits = {key: split(key, suffixes) for key in source.keys if not key.startswith(EMBEDDINGS)}
     found = {d.name: d.score(source, splits) for d in dialects or DIALECTS.values()}
     return {name: score for name, score in sorted(found.items(), key=lambda item: -item[1]) if score > 0}

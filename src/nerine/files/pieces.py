@@ -17,10 +17,9 @@ from nerine.algorithms import REGISTRY, Algorithm, Layout, Shape
 from nerine.errors import FormatError, OptionError
 from nerine.files.store import Source
 
-__all__ = ["ALPHA", "MAGNITUDE", "Known", "Parts", "Piece", "Stem", "known_layouts", "piece_of", "split"]
+__all__ = ["ALPHA", "MAGNITUDE", "Known", "Parts", "Piece", "Stem", "piece_of", "split"]
 
 ALPHA, MAGNITUDE = "alpha", "dora_scale"
-Known = tuple[tuple[Algorithm, Layout], ...]
 
 # What one and the same tensor is called elsewhere. A name that other programs put in the place of X is cut out first.
 SPELLINGS: Mapping[str, str] = {
@@ -104,28 +103,28 @@ def piece_of(source: Source, key: str) -> Piece:
     return Piece(key, source.shape(key), source.dtype(key), lambda: source.read(key))
 
 
-def known_layouts(others: Iterable[type[Algorithm]] = ()) -> Known:
-    """Every layout of every algorithm, with an instance that has the default settings.
+class Known:
+    """Every layout of every algorithm, with an instance that has the default settings; looked up by keys.
 
     Raises:
         OptionError: an algorithm of the user's has settings without defaults.
     """
-    found = []
-    for kind in dict.fromkeys([*REGISTRY.values(), *others]):
-        try:
-            algorithm = kind()
-        except TypeError as error:
-            raise OptionError(
-                f"{kind.__name__}: to be read from files, every setting needs a default ({error})"
-            ) from None
-        found += [(algorithm, layout) for layout in algorithm.layouts]
-    return tuple(found)
 
-
-def suffixes_of(known: Known) -> dict[str, str]:
-    """{suffix of a key: canonical suffix}."""
-    own = {key for _, layout in known for key in layout.keys} | EXTRA
-    return {**SPELLINGS, **{key: key for key in own}}
+    def __init__(self, others: Iterable[type[Algorithm]] = ()) -> None:
+        self.layouts: list[tuple[Algorithm, Layout]] = []
+        for kind in dict.fromkeys([*REGISTRY.values(), *others]):
+            try:
+                algorithm = kind()
+            except TypeError as error:
+                raise OptionError(
+                    f"{kind.__name__}: to be read from files, every setting needs a default ({error})"
+                ) from None
+            self.layouts += [(algorithm, layout) for layout in algorithm.layouts]
+        self.by_keys: dict[frozenset[str], list[tuple[Algorithm, Layout]]] = {}
+        for algorithm, layout in self.layouts:
+            self.by_keys.setdefault(layout.keys, []).append((algorithm, layout))
+        own = {key for keys in self.by_keys for key in keys} | EXTRA
+        self.suffixes = {**SPELLINGS, **{key: key for key in own}}  # of a key: the canonical one
 
 
 def split(key: str, suffixes: Mapping[str, str]) -> tuple[str, str] | None:

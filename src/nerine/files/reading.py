@@ -13,7 +13,7 @@ from nerine.files.detect import detect, dialect_named
 from nerine.files.dialects.base import Dialect
 from nerine.files.meta import Meta, read_meta
 from nerine.files.names import flatten, unflatten
-from nerine.files.pieces import Known, Parts, Piece, Stem, known_layouts
+from nerine.files.pieces import Known, Parts, Piece, Stem
 from nerine.files.recognise import Told
 from nerine.files.reports import LoadReport, LoadRow
 from nerine.files.resolve import Index, Match, Place, component_of
@@ -43,7 +43,7 @@ def read_checkpoint(
         ShapeError: a tensor does not fit its layer.
     """
     meta = read_meta(source.metadata, str(source.path), others)
-    known = known_layouts(others)
+    known = Known(others)
     if dialect is None:
         chosen, found = detect(source, meta, known)
     else:

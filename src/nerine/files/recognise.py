@@ -123,10 +123,12 @@ def _which(
 ) -> tuple[Algorithm, Layout, list[str]]:
     """The algorithm and layout whose tensors are exactly those of the file, by key and then by shape; notes on that."""
     own = set(pieces) - EXTRA
-    by_key = [(a, layout) for a, layout in known if layout.keys == own and _marks_agree(layout, pieces)]
+    by_key = [(a, layout) for a, layout in known.by_keys.get(frozenset(own), ()) if _marks_agree(layout, pieces)]
     if not by_key:
         raise FormatError(f"{_no_such_set(told, own, known)}{_unknown(told)}")
-    by_shape = [(a, layout) for a, layout in by_key if _fits(layout, site, pieces, told.path)]
+    layouts = {id(layout): layout for _, layout in by_key}  # some algorithms share theirs
+    fitting = {key for key, layout in layouts.items() if len(layouts) == 1 or _fits(layout, site, pieces, told.path)}
+    by_shape = [(a, layout) for a, layout in by_key if id(layout) in fitting]
     inner = getattr(told.algorithm, "inner", told.algorithm)
     likely = [pair for pair in by_shape if type(pair[0]) is type(inner)] or by_shape or by_key
     algorithm, layout = likely[0]
@@ -154,7 +156,7 @@ def _fits(layout: Layout, site: Site | None, pieces: Mapping[str, Piece], path: 
 
 
 def _no_such_set(told: Told, own: set[str], known: Known) -> str:
-    algorithm, layout = max(known, key=lambda pair: (len(pair[1].keys & own), -len(pair[1].keys)))
+    algorithm, layout = max(known.layouts, key=lambda pair: (len(pair[1].keys & own), -len(pair[1].keys)))
     lacking, extra = sorted(layout.keys - own), sorted(own - layout.keys)
     return (
         f"{told.file}: {told.path} has {', '.join(sorted(own)) or 'no tensors'}, which is no complete adapter; "

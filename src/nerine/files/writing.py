@@ -13,7 +13,7 @@ from nerine.errors import FormatError
 from nerine.files.checkpoint import Base, Layer, Record, joined
 from nerine.files.dialects import DIALECTS
 from nerine.files.dialects.base import DENOISER, EXACT, Dialect, Emitted
-from nerine.files.names import aliases, families_of, flatten
+from nerine.files.names import aliases, family_of, flatten
 from nerine.files.resolve import component_of, split_parts
 from nerine.files.rows import Span, fuse, take
 from nerine.files.store import Outgoing
@@ -175,8 +175,7 @@ def _renamed(
     layers: Mapping[str, Layer], dialect: Dialect, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterable[tuple[str, Layer]]:
     """Layers under the names that the dialect uses for this family of models."""
-    found = families_of(shapes)
-    naming = dialect.naming_for(found)
+    naming = dialect.naming_for(family_of(shapes))
     others = aliases(shapes).get(naming, ()) if naming != "own" else ()
     groups: dict[str, list[Any]] = {}
     for alias in others:

@@ -11,12 +11,18 @@ import contextlib
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "full_precision", "same_dtype", "wide"]
+__all__ = ["compute_dtype", "full_precision", "is_finite", "same_dtype", "wide"]
 
 
 def wide(t: Tensor) -> Tensor:
     """`t` in at least fp32; fp32 and fp64 tensors pass unchanged."""
     return t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32)
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether every entry is a number: a sum tells, and only where that has overflown each is asked."""
+    total = t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(wide(t)).all())
 
 
 def same_dtype(t: Tensor, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class AiToolkit(Dialect):
     }
     flat = False
     naming = "diffusers"
+    variant = True
 
     def telling(self, source: Source) -> bool:
         wrote = "ai-toolkit" in source.metadata.get("software", "")

@@ -6,6 +6,7 @@ tensors by suffix (`Dialect.emit`). Neither knows the model: `reading` finds the
 
 from __future__ import annotations
 
+import functools
 from abc import ABC
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from nerine.algorithms import Params
 from nerine.axes import Layout
 from nerine.files.checkpoint import Base, Layer, Record
-from nerine.files.pieces import ALPHA, MAGNITUDE, Known, Parts, Piece, Stem, piece_of, split, suffixes_of
+from nerine.files.pieces import ALPHA, MAGNITUDE, Known, Parts, Piece, Stem, piece_of, split
 from nerine.files.store import Source
 from nerine.ops.precision import wide
 from nerine.site import Site
@@ -38,18 +39,19 @@ class Dialect(ABC):
     naming: ClassVar[str] = "own"  # whose names of layers it writes: the model's own, "native" or "diffusers"
     folder: ClassVar[bool] = False  # it is a folder with a config beside the tensors
     detected: ClassVar[bool] = True  # a dialect of its own, and not only a way to write another
+    variant: ClassVar[bool] = False  # it is told from another dialect by what only this program writes, or not at all
     renamed: ClassVar[Mapping[str, str]] = {}  # suffixes that mean something else here than elsewhere
 
     # -- detection -----------------------------------------------------------------------------------------------
     def score(self, source: Source, splits: Mapping[str, tuple[str, str] | None]) -> float:
         """How much of a file this dialect explains, 0 to 1; a little more where something tells of it alone."""
-        if not source.keys or not self.detected:
+        if not source.keys or not self.detected or (self.variant and not self.telling(source)):
             return 0.0
-        share = sum(self._explains(key, parts) for key, parts in splits.items()) / len(source.keys)
+        stems = {parts[0] for parts in splits.values() if parts is not None}
+        own = {stem for stem in stems if self.stem(stem) is not None}
+        explained = sum(parts is not None and parts[0] in own and self.spells(parts[1]) for parts in splits.values())
+        share = explained / len(source.keys)
         return share + (0.01 if share and self.telling(source) else 0.0)
-
-    def _explains(self, key: str, parts: tuple[str, str] | None) -> bool:
-        return parts is not None and self.stem(parts[0]) is not None and self.spells(parts[1])
 
     def telling(self, source: Source) -> bool:
         """Whether the file has something that only this program writes."""
@@ -59,12 +61,16 @@ class Dialect(ABC):
         """Whether this program writes a tensor under that suffix."""
         return True
 
+    @functools.cached_property
+    def _longest_first(self) -> list[str]:
+        return sorted(self.prefixes, key=len, reverse=True)
+
     # -- reading -------------------------------------------------------------------------------------------------
     def stem(self, text: str) -> Stem | None:
         """What stands before the suffix, taken apart; None where it is no name of this dialect."""
         if self.flat and "." in text:
             return None
-        for prefix in sorted(self.prefixes, key=len, reverse=True):
+        for prefix in self._longest_first:
             if text.startswith(prefix) and len(text) > len(prefix):
                 return Stem(text, self.prefixes[prefix], text[len(prefix) :], self.flat)
         return None
@@ -75,11 +81,14 @@ class Dialect(ABC):
         Raises:
             FormatError: two keys mean the same tensor.
         """
-        suffixes = {**suffixes_of(known), **self.renamed}
+        suffixes = {**known.suffixes, **self.renamed}
         found = Parts()
+        stems: dict[str, Stem | None] = {}
         for key in source.keys:
             parts = split(key, suffixes)
-            stem = None if parts is None else self.stem(parts[0])
+            if parts is not None and parts[0] not in stems:
+                stems[parts[0]] = self.stem(parts[0])
+            stem = None if parts is None else stems[parts[0]]
             if key.startswith(EMBEDDINGS) and key.count(".") >= 2:
                 _, trigger, name = key.split(".", 2)
                 found.embeddings.setdefault(trigger, {})[name] = piece_of(source, key).read

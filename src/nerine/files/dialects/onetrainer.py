@@ -34,6 +34,7 @@ class OneTrainer(Dialect):
     }
     flat = True
     naming = "diffusers"
+    variant = True
 
     def telling(self, source: Source) -> bool:
         return any(

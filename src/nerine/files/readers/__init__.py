@@ -25,12 +25,12 @@ def readers_of(layers: Mapping[str, Layer], dialect: Dialect) -> tuple[ReaderRow
 
 def _row(reader: Reader, layers: Mapping[str, Layer], dialect: Dialect) -> ReaderRow:
     verdicts = {stem: reader.judge(layer.sketch(), dialect) for stem, layer in layers.items()}
-    counts = [sum(verdict.level == level for verdict in verdicts.values()) for level in ("exact", "near", "no")]
+    exact, near, no = (sum(v.level == level for v in verdicts.values()) for level in ("exact", "near", "no"))
     whys = list(dict.fromkeys(verdict.why for verdict in verdicts.values() if verdict.why))
     off = [stem for stem, verdict in verdicts.items() if verdict.formula]
     worst = _worst(reader, {stem: layers[stem] for stem in off}, verdicts)
-    better = "" if counts[0] == len(layers) else _better(reader, layers, dialect)
-    return ReaderRow(reader.name, *counts, "; ".join(whys[:2]), worst, better)
+    better = "" if exact == len(layers) else _better(reader, layers, dialect)
+    return ReaderRow(reader.name, exact, near, no, "; ".join(whys[:2]), worst, better)
 
 
 def _worst(reader: Reader, layers: Mapping[str, Layer], verdicts: Mapping[str, Verdict]) -> float | None:

@@ -41,13 +41,13 @@ def _inner(algorithm: Algorithm, params: Params, weight: Tensor) -> tuple[Tensor
 
 def _comfy_dora(algorithm: Algorithm, params: Params, weight: Tensor) -> Tensor:
     v, m = _inner(algorithm, params, weight)
-    norm = weight.flatten(1).norm(dim=1).reshape(m.shape) + torch.finfo(weight.dtype).eps
-    return v * (m / norm)
+    norm: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1).reshape(m.shape)
+    return v * (m / (norm + torch.finfo(weight.dtype).eps))
 
 
 def _input_norm(algorithm: Algorithm, params: Params, weight: Tensor) -> Tensor:
     v, m = _inner(algorithm, params, weight)
-    norm = v.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (v.dim() - 2))
+    norm: Tensor = torch.linalg.vector_norm(v.transpose(0, 1).flatten(1), dim=1).reshape(1, -1, *[1] * (v.dim() - 2))
     return v * (m / norm)
 
 

@@ -36,6 +36,25 @@ class Base(NamedTuple):
     weight: Callable[[], Tensor]
     bias: Callable[[], Tensor | None]
 
+    def rows(self, start: int, stop: int) -> Base:
+        """That of some rows of the layer."""
+
+        def bias() -> Tensor | None:
+            whole = self.bias()
+            return None if whole is None else whole[start:stop]
+
+        return Base(lambda: self.weight()[start:stop], bias)
+
+
+def _stacked(bases: Sequence[Base]) -> Base:
+    """The base of a layer that is these, one above the other."""
+
+    def bias() -> Tensor | None:
+        found = [base.bias() for base in bases]
+        return None if any(b is None for b in found) else torch.cat([b for b in found if b is not None])
+
+    return Base(lambda: torch.cat([base.weight() for base in bases]), bias)
+
 
 Finish = Callable[[Record, Tensor, Tensor | None], Record]
 """What can be worked out only beside the layer: a record, the weight `[out, in, *k]` and the bias in, a record out."""
@@ -92,9 +111,14 @@ def of_record(record: Record, base: Base | None = None) -> Layer:
 
 
 def joined(layers: Sequence[Layer | None], join: Callable[[list[Record | None]], Record]) -> Layer:
-    """One layer that `join` makes of several, some of which may be missing."""
+    """One layer that `join` makes of several, the first rows first; some may be missing."""
     known = _known(join([None if layer is None else layer.sketch() for layer in layers]))
-    return Layer(**known, load=lambda: join([None if layer is None else layer.record() for layer in layers]).params)
+    bases = [layer.base for layer in layers if layer is not None and layer.base is not None]
+    return Layer(
+        **known,
+        load=lambda: join([None if layer is None else layer.record() for layer in layers]).params,
+        base=_stacked(bases) if len(bases) == len(layers) else None,
+    )
 
 
 @dataclass(frozen=True)

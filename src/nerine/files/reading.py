@@ -59,7 +59,7 @@ def read_checkpoint(
         str(source.path),
         tuple(job.rows),
         parts.unused,
-        job.missing(),
+        job.missing(job.layers if sites is None else sites),
         tuple(n for n in [meta.note, *job.notes] if n),
         used=job.used,
         dialect=chosen.name,
@@ -187,9 +187,13 @@ class _Job:
             raise FormatError(f"{self.source.path}: no adapter in it, in the {self.dialect.name} dialect")
 
     # -- what is to be said --------------------------------------------------------------------------------------
-    def missing(self) -> tuple[str, ...]:
+    def missing(self, own: Iterable[str]) -> tuple[str, ...]:
+        """Layers that the metadata tells and the file has no tensors for, where its names are those of this model."""
+        told, own = list(self.meta.layers), set(own)
+        if 2 * sum(path in own for path in told) < len(told):
+            return ()
         here = {flatten(path) for path in [*self.layers, *self.used.values()]}
-        return tuple(path for path in self.meta.layers if flatten(path) not in here)
+        return tuple(path for path in told if flatten(path) not in here)
 
     def _nothing(self, index: Index) -> str:
         keys = [*self.parts.unused, *(key for pieces in self.parts.layers.values() for key in _keys(pieces))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -182,6 +182,7 @@ def _renamed(
         groups.setdefault(alias.name, []).append(alias)
     covered: set[str] = set()
     for name, group in groups.items():
+        group.sort(key=lambda alias: alias.rows or (0, 0))
         parts = [_source(layers, alias) for alias in group]
         if not any(part for part, _ in parts):
             continue
@@ -203,7 +204,8 @@ def _source(layers: Mapping[str, Layer], alias: Any) -> tuple[Layer | None, str]
     layer = layers.get(alias.own)
     if layer is None:
         return None, alias.own
-    return layer.changed(lambda record: take(record, [(start, stop)], alias.own)), alias.own
+    cut = layer.changed(lambda record: take(record, [(start, stop)], alias.own))
+    return replace(cut, base=None if layer.base is None else layer.base.rows(start, stop)), alias.own
 
 
 def _joined(parts: list[Layer | None], group: list[Any], shapes: Mapping[str, tuple[int, ...]], name: str) -> Layer:

@@ -29,6 +29,7 @@ __all__ = [
     "TargetError",
     "UnsupportedBase",
     "nearest",
+    "shown",
 ]
 
 
@@ -75,3 +76,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     if close:
         return f"Did you mean {' or '.join(repr(c) for c in close)}?"
     return f"Known: {', '.join(known)}." if known else "There are none."
+
+
+def shown(text: str, most: int = 200) -> str:
+    """Text out of a stranger's file as it may stand in a message: what is not printable escaped, and not too long."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

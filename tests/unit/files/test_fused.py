@@ -1,4 +1,4 @@
-"""One model in two implementations, one with a fused qkv and one without: adapters go both ways and compute the same."""
+"""One model in two implementations, one with a fused qkv and one without: adapters go both ways unchanged."""
 
 from __future__ import annotations
 

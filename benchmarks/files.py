@@ -3,7 +3,7 @@
     python benchmarks/files.py [--megabytes 200] [--rounds 5] [--json FILE] [--markdown FILE]
 
 Every figure is taken in a process of its own, which reports time and its peak of memory above what it held before. The
-measure is the `safetensors` library in the same process: `load_file`, and `load_file` then `save_file`. README.md says
+measure is the `safetensors` library in a process of the same kind: `load_file`, and `load_file` then `save_file`. README.md says
 what the figures mean.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,22 +21,36 @@ from statistics import median
 from typing import Any
 
 import torch
-from attach import ADAPTED, UNet
 from step import header
 from torch import nn
 
 MEGA = 10**6
+ADAPTED = (nn.Linear, nn.Conv2d)
 
 
 def unet() -> nn.Module:
-    """SDXL's layers with room for weights that nothing touches, in bf16."""
+    """SDXL's UNet with room for weights that nothing touches, in bf16."""
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
-        model = UNet(1.0)
+        model = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            transformer_layers_per_block=(1, 2, 10),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
     return model.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
 
 
 def write_lora(file: Path, megabytes: float) -> int:
-    """A LoRA for every layer in the kohya dialect, fp16, of about that size; returns its layers."""
+    """A LoRA for every layer, fp16, of about that size, as sd-scripts names it; returns the number of layers."""
     from safetensors.torch import save_file
 
     layers = {path: m.weight.shape for path, m in unet().named_modules() if isinstance(m, ADAPTED)}
@@ -53,15 +66,17 @@ def write_lora(file: Path, megabytes: float) -> int:
     return len(layers)
 
 
-def peak() -> float:
-    """The most memory that this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA
+def memory(what: str) -> float:
+    """A line of /proc/self/status in MB: VmRSS is what the process holds, VmHWM the most since that was set back."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024 / MEGA
 
 
 def timed(action: Callable[[], Any]) -> dict[str, float]:
-    before, start = peak(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before, start = memory("VmRSS"), time.perf_counter()
     kept = action()
-    seconds, grown = time.perf_counter() - start, peak() - before
+    seconds, grown = time.perf_counter() - start, memory("VmHWM") - before
     del kept
     return {"seconds": seconds, "memory": grown}
 

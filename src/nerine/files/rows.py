@@ -94,9 +94,12 @@ def plain(record: Record) -> Record | None:
         return None
     if isinstance(algorithm, TLoRA) and "base_q" not in params.tensors:  # to be taken from the weight
         return None
-    up, down = algorithm.factors(params)
-    ones = [1] * len(record.site.kernel)
-    tensors = {"down": down, "up": up.reshape(*up.shape, *ones)}
+    if set(params.tensors) == {"down", "up"}:
+        up, down = params.tensors["up"], params.tensors["down"]
+        up = up if params.scale == 1 or up.is_meta else up * params.scale
+    else:
+        up, down = algorithm.factors(params)
+    tensors = {"down": down, "up": up.reshape(*up.shape[:2], *[1] * len(record.site.kernel))}
     return Record(LoRA(rank=down.shape[0]), record.site, Params(tensors))
 
 

@@ -12,7 +12,8 @@ from nerine.files.dense import drop_incomplete, recognise_any
 from nerine.files.detect import detect, dialect_named
 from nerine.files.dialects.base import Dialect
 from nerine.files.meta import Meta, read_meta
-from nerine.files.names import flatten, unflatten
+from nerine.files.names import flatten
+from nerine.files.names.unflatten import unflatten
 from nerine.files.pieces import Known, Parts, Piece, Stem
 from nerine.files.recognise import Told
 from nerine.files.reports import LoadReport, LoadRow

@@ -19,6 +19,10 @@ from nerine.files.rows import Span, fuse, take
 from nerine.files.store import Outgoing
 from nerine.site import Site
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+TEXT = "transformers"  # the naming of text encoders that files have, whichever version of transformers runs
+
 __all__ = ["Written", "lay_out", "split_rows"]
 
 
@@ -171,12 +175,10 @@ def _likely(shapes: Mapping[str, Any]) -> str:
     return "text_encoder" if any(word in path for path in shapes for word in words) else DENOISER
 
 
-def _renamed(
-    layers: Mapping[str, Layer], dialect: Dialect, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterable[tuple[str, Layer]]:
+def _renamed(layers: Mapping[str, Layer], dialect: Dialect, shapes: Shapes) -> Iterable[tuple[str, Layer]]:
     """Layers under the names that the dialect uses for this family of models."""
-    naming = dialect.naming_for(family_of(shapes))
-    others = aliases(shapes).get(naming, ()) if naming != "own" else ()
+    found = aliases(shapes) if dialect.naming != "own" else {}
+    others = found.get(_naming(dialect, shapes), found.get(TEXT, ()))
     groups: dict[str, list[Any]] = {}
     for alias in others:
         groups.setdefault(alias.name, []).append(alias)
@@ -191,6 +193,14 @@ def _renamed(
     for path, layer in layers.items():
         if path not in covered:
             yield path, layer
+
+
+def _naming(dialect: Dialect, shapes: Shapes) -> str:
+    """Whose names the dialect writes for such a model."""
+    known = family_of(shapes)
+    deep = any(".transformer_blocks.1." in path or path.startswith(("add_embedding.", "label_emb.")) for path in shapes)
+    family = "" if known is None else known[0].name
+    return dialect.naming_for("sdxl-unet" if family == "unet" and deep else family)
 
 
 def _source(layers: Mapping[str, Layer], alias: Any) -> tuple[Layer | None, str]:
@@ -208,7 +218,7 @@ def _source(layers: Mapping[str, Layer], alias: Any) -> tuple[Layer | None, str]
     return replace(cut, base=None if layer.base is None else layer.base.rows(start, stop)), alias.own
 
 
-def _joined(parts: list[Layer | None], group: list[Any], shapes: Mapping[str, tuple[int, ...]], name: str) -> Layer:
+def _joined(parts: list[Layer | None], group: list[Any], shapes: Shapes, name: str) -> Layer:
     if len(group) == 1 and group[0].rows is None:
         assert parts[0] is not None
         return parts[0]

@@ -11,11 +11,59 @@ from torch import Tensor, nn
 
 import nerine
 from nerine import BOFT, IA3, DiagOFT, DoRA, FormatError, Full, GLoRA, LoHa, LoKr, LoRA, OFTv2
-from nerine.files.names import aliases
+from nerine.files.names import Alias, aliases, renamed
 from nerine.tools import convert
-from unit.files.test_names import MODELS, native_of, shapes_of
+
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'nerine[train]'")
 
 pytestmark = pytest.mark.no_device_guard
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=6,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 1, 1),
+    )
+
+
+def sd3() -> nn.Module:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=8,
+        pooled_projection_dim=6,
+        out_channels=4,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+
+MODELS = {"flux": flux, "sd3": sd3}
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    weights = ((path, getattr(module, "weight", None)) for path, module in model.named_modules())
+    return {path: tuple(w.shape) for path, w in weights if isinstance(w, Tensor)}
+
+
+def linear_names(model: nn.Module) -> list[Alias]:
+    """The native names of the linear layers."""
+    shapes = shapes_of(model)
+    return [alias for alias in aliases(shapes)["native"] if len(shapes[alias.own]) == 2]
 
 
 def split_model(name: str) -> nn.Module:
@@ -40,12 +88,11 @@ def put(root: nn.Module, path: str, layer: nn.Module) -> None:
 def fused_model(name: str) -> nn.Module:
     """The same weights under native names: its linear layers alone."""
     source = split_model(name)
-    shapes = {p: s for p, s in shapes_of(source).items() if len(s) == 2}
     root = nn.Module()
-    for path, (out, inputs) in native_of(shapes).items():
-        put(root, path, nn.Linear(inputs, out, dtype=torch.float64))
+    for path, shape in renamed(shapes_of(source), linear_names(source)).items():
+        put(root, path, nn.Linear(shape[1], shape[0], dtype=torch.float64))
     with torch.no_grad():
-        for alias in aliases(shapes)["native"]:
+        for alias in linear_names(source):
             own, there = source.get_submodule(alias.own), root.get_submodule(alias.name)
             rows, place = slice(*(alias.own_rows or (None,))), slice(*(alias.rows or (None,)))
             there.weight[place] = own.weight[rows]
@@ -68,11 +115,10 @@ def stirred(network: nerine.Network) -> nerine.Network:
 
 def assert_same(split: nn.Module, fused: nn.Module, name: str) -> None:
     """Merged, both have the same weights, and they have moved."""
-    shapes = {p: s for p, s in shapes_of(split_model(name)).items() if len(s) == 2}
     base = fused_model(name).state_dict()
     ours, theirs = merged(split), merged(fused)
     moved = 0
-    for alias in aliases(shapes)["native"]:
+    for alias in linear_names(split_model(name)):
         rows, place = slice(*(alias.own_rows or (None,))), slice(*(alias.rows or (None,)))
         got, want = theirs[f"{alias.name}.weight"][place], ours[f"{alias.own}.weight"][rows]
         assert torch.allclose(got, want, rtol=1e-6, atol=1e-6), alias

@@ -37,7 +37,7 @@ class Kohya(Dialect):
     naming = "native"
 
     def naming_for(self, family: str) -> str:
-        return "diffusers" if family == "sd-unet" else "native"
+        return "diffusers" if family == "unet" else "native"
 
     def translate(self, stem: Stem, pieces: dict[str, Piece], source: Source) -> dict[str, Piece]:
         if not stem.text.startswith("oft_unet_") or "oft_blocks" not in pieces or ALPHA not in pieces:

@@ -1,14 +1,19 @@
-"""What one and the same layer is called in different programs.
+"""What one and the same layer is called: `flatten` takes the dots out of a path, as many files do; `families` gives the
+names that a layer has in other programs; `unflatten` puts the dots back where there is no model to look in.
 
-Flattening a path ("a.b_c" -> "a_b_c") cannot be undone, so a name is looked up among those that the layers of a model
-can have: their own, and by family of models those of the other implementation ("native", or "diffusers", whose names
-the text encoders of transformers share). `unflatten` is for when there is no model: it knows the words that names are
-made of.
+Everything here is text and shapes: no tensors, no modules, no class names.
 """
 
 from __future__ import annotations
 
-from nerine.files.names.families import Alias, aliases, family_of
-from nerine.files.names.words import flatten, unflatten
+from nerine.files.names.families import Alias, Family, aliases, family_of, renamed
+from nerine.files.names.keys import flatten
 
-__all__ = ["Alias", "aliases", "family_of", "flatten", "unflatten"]
+__all__ = [
+    "Alias",
+    "Family",
+    "aliases",
+    "family_of",
+    "flatten",
+    "renamed",
+]

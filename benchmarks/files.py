@@ -3,8 +3,8 @@
     python benchmarks/files.py [--megabytes 200] [--rounds 5] [--json FILE] [--markdown FILE]
 
 Every figure is taken in a process of its own, which reports time and its peak of memory above what it held before. The
-measure is the `safetensors` library in a process of the same kind: `load_file`, and `load_file` then `save_file`. README.md says
-what the figures mean.
+measure is the `safetensors` library in a process of the same kind: `load_file`, and `load_file` then `save_file`.
+README.md says what the figures mean.
 """
 
 from __future__ import annotations

@@ -64,8 +64,9 @@ def lay_out(
     names = list(_named(layers, dialect, sites or {path: layer.site for path, layer in layers.items()}, component))
     _check(names, dialect)
     tensors: list[Outgoing] = []
+    kept: dict[int, Emitted] = {}
     for name in names:
-        emitted = _Emitted(name.layer, dialect)
+        emitted = _Emitted(name.layer, dialect, kept)
         for suffix, sketch in emitted.sketch().items():
             key = dialect.key(name.stem, suffix)
             tensors.append(_outgoing(key, suffix, sketch, emitted, dtype))
@@ -74,11 +75,11 @@ def lay_out(
 
 
 class _Emitted:
-    """The tensors of one layer, made once for all of its keys and dropped with the last of them."""
+    """The tensors of one layer, made together when the first of them is asked for. `kept` has those of one layer at a
+    time, whichever was last."""
 
-    def __init__(self, layer: Layer, dialect: Dialect) -> None:
-        self._layer, self._dialect = layer, dialect
-        self._made: Emitted = {}
+    def __init__(self, layer: Layer, dialect: Dialect, kept: dict[int, Emitted]) -> None:
+        self._layer, self._dialect, self._kept = layer, dialect, kept
 
     def sketch(self) -> Emitted:
         base = self._layer.base
@@ -87,10 +88,11 @@ class _Emitted:
         return self._dialect.emit(self._layer.sketch(), base)
 
     def take(self, suffix: str) -> Tensor:
-        if suffix not in self._made:
+        if suffix not in self._kept.get(id(self), {}):
+            self._kept.clear()
             with torch.no_grad():
-                self._made = dict(self._dialect.emit(self._layer.record(), self._layer.base))
-        return self._made.pop(suffix)
+                self._kept[id(self)] = dict(self._dialect.emit(self._layer.record(), self._layer.base))
+        return self._kept[id(self)].pop(suffix)
 
 
 def _sketched(base: Base, layer: Layer) -> Base:
@@ -107,6 +109,8 @@ def _outgoing(key: str, suffix: str, sketch: Tensor, emitted: _Emitted, dtype: t
         kept = torch.promote_types(kept, torch.float32)
     elif dtype is not None and kept.is_floating_point:
         kept = dtype
+    if not sketch.is_meta:  # a number that the shapes and the scale tell already
+        return Outgoing(key, tuple(sketch.shape), kept, lambda: sketch.to(kept))
     return Outgoing(key, tuple(sketch.shape), kept, lambda: emitted.take(suffix).detach().to(kept))
 
 

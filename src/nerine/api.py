@@ -147,6 +147,7 @@ def load(
     dialect: str | None = None,
     component: str | None = None,
     allow_pickle: bool = False,
+    dtype: torch.dtype | None = None,
     dropout: float = 0.0,
     rank_dropout: float = 0.0,
     module_dropout: float = 0.0,
@@ -156,8 +157,9 @@ def load(
 
     `file` may be in any dialect; which one is worked out from its keys, or is `dialect`. PEFT's is a folder. Where the
     file has adapters for several parts of a pipeline that this model could be, `component` says which it is ("unet",
-    "text_encoder", "text_encoder_2", ...). Pickles (.pt, .bin, ...) are read only with `allow_pickle`, and then without
-    running anything in them.
+    "text_encoder", "text_encoder_2", ...). `dtype` is the number format in which the adapters are kept: fp32 (None) is
+    for training, that of the file takes half the memory and is enough for inference and merging. Pickles (.pt, .bin,
+    ...) are read only with `allow_pickle`, and then without running anything in them.
 
     The returned network's `report` says which layers were matched, which keys were not used and why, and which layers
     the file should have had. With `strict` an unused key or missing layer is an error. The other settings are those
@@ -169,6 +171,8 @@ def load(
         ShapeError: a tensor does not fit its layer.
         OptionError: the name is taken. The model is untouched whenever an error is raised.
     """
+    if dtype not in _DTYPES:
+        raise OptionError(f"dtype must be torch.float32, float16, bfloat16, float64 or None, got {dtype!r}")
     choice = _Choice(strict, dialect, component, allow_pickle, tuple(algorithms))
     if isinstance(model, Network):
         return _resume(model, file, choice)
@@ -187,7 +191,7 @@ def load(
         fittings, notes = [], []
         with present(model):
             for path, layer in checkpoint.layers.items():
-                record, note = _completed(layer, spots[path])
+                record, note = _completed(layer, spots[path], dtype)
                 notes += [f"{path}: {note}"] if note else []
                 fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=strength))
     network, _ = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
@@ -211,7 +215,7 @@ def _rows_in(keys: Iterable[str]) -> list[tuple[int, int]]:
     return sorted((int(start), int(stop)) for start, stop in found)
 
 
-def _completed(layer: Layer, spot: Spot) -> tuple[Record, str]:
+def _completed(layer: Layer, spot: Spot, kept: torch.dtype | None = None) -> tuple[Record, str]:
     """A layer in memory, with what its file leaves to be worked out from the weight, placed where a fresh adapter would
     be; a note on what was worked out, or on numbers that are none."""
     record = layer.record()
@@ -232,6 +236,8 @@ def _completed(layer: Layer, spot: Spot) -> tuple[Record, str]:
             params, note = record.algorithm.complete(record.params, weight)
             record = replace(record, params=params)
             notes += [note] if note else []
+    if kept is not None:
+        record = replace(record, params=record.params.filled(t.to(kept) for t in record.params.tensors.values()))
     return record, "; ".join(notes)
 
 

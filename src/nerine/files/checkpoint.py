@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nerine.algorithms import Algorithm, Params, Shape
 from nerine.files.meta import Meta
+from nerine.files.pieces import Piece
 from nerine.files.reports import LoadReport
 from nerine.site import Site
 
@@ -132,5 +133,5 @@ class Checkpoint:
     layers: Mapping[str, Layer]
     meta: Meta
     report: LoadReport
-    embeddings: Mapping[str, Mapping[str, Callable[[], Tensor]]] = field(default_factory=dict)
+    embeddings: Mapping[str, Mapping[str, Piece]] = field(default_factory=dict)
     flat: tuple[str, ...] = ()

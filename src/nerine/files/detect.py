@@ -31,7 +31,7 @@ def scores(source: Source, known: Known, dialects: Iterable[Dialect] = ()) -> di
     """{dialect: the share of the keys that it explains}, best first, those that explain nothing left out."""
     suffixes = known.suffixes
     splits = {key: split(key, suffixes) for key in source.keys if not key.startswith(EMBEDDINGS)}
-    found = {d.name: d.score(source, splits) for d in dialects or DIALECTS.values()}
+    found = {d.name: d.score(source, splits, known) for d in dialects or DIALECTS.values()}
     return {name: score for name, score in sorted(found.items(), key=lambda item: -item[1]) if score > 0}
 
 

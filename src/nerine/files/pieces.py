@@ -48,6 +48,7 @@ SPELLINGS: Mapping[str, str] = {
     "b1": "b1.weight",
     "b2": "b2.weight",
 }
+_NAMED = ("lora_A", "lora_B", "lora_magnitude_vector", "oft_R")
 _NAMED_LAST = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "oft_R", "ia3_l")
 EXTRA = frozenset({ALPHA, MAGNITUDE, "scale", "lora_bias", "bias_indices", "bias_values", "bias_size"})
 
@@ -81,7 +82,7 @@ class Parts:
 
     layers: dict[Stem, dict[str, Piece]] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
-    embeddings: dict[str, dict[str, Callable[[], Tensor]]] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, Piece]] = field(default_factory=dict)
 
     def add(self, stem: Stem, suffix: str, piece: Piece, where: object) -> None:
         """Put a piece where it belongs.
@@ -134,15 +135,15 @@ def split(key: str, suffixes: Mapping[str, str]) -> tuple[str, str] | None:
     "name_lora.down.weight", as diffusers once wrote it.
     """
     words = key.split(".")
+    if len(words) > 3 and words[-3] in _NAMED and words[-1] in ("weight", "bias"):
+        return ".".join(words[:-3]), f"{words[-3]}.{words[-1]}"
+    if len(words) > 2 and words[-3].endswith("_lora") and words[-2] in ("down", "up") and words[-1] == "weight":
+        return ".".join([*words[:-3], words[-3].removesuffix("_lora")]), f"lora.{words[-2]}.weight"
     for count in (3, 2, 1):  # "lora_linear_layer.down.weight" is the longest
         if len(words) > count:
             suffix = ".".join(words[-count:])
             if suffix in suffixes:
                 return ".".join(words[:-count]), suffix
-    if len(words) > 3 and words[-3] in ("lora_A", "lora_B") and words[-1] in ("weight", "bias"):
-        return ".".join(words[:-3]), f"{words[-3]}.{words[-1]}"
     if len(words) > 2 and words[-2] in _NAMED_LAST:
         return ".".join(words[:-2]), words[-2]
-    if len(words) > 2 and words[-3].endswith("_lora") and words[-2] in ("down", "up") and words[-1] == "weight":
-        return ".".join([*words[:-3], words[-3].removesuffix("_lora")]), f"lora.{words[-2]}.weight"
     return None

@@ -56,6 +56,7 @@ def read_checkpoint(
         job.read_alone()
     else:
         job.read_for(Index(sites), sites, component)
+    job.used |= {p.key: f"embedding {word}" for word, own in parts.embeddings.items() for p in own.values()}
     report = LoadReport(
         str(source.path),
         tuple(job.rows),

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from nerine.tools.convert import ConvertReport, convert
+from nerine.tools.embeddings import embeddings
 
-__all__ = ["ConvertReport", "convert"]
+__all__ = ["ConvertReport", "convert", "embeddings"]

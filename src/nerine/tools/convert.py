@@ -14,12 +14,13 @@ from nerine.algorithms import Algorithm
 from nerine.errors import FormatError, OptionError
 from nerine.files.checkpoint import Base, Checkpoint, Layer, Record
 from nerine.files.detect import dialect_named
-from nerine.files.dialects.base import Dialect
+from nerine.files.dialects.base import EMBEDDINGS, Dialect
 from nerine.files.folder import open_adapter, write
 from nerine.files.meta import write_meta
 from nerine.files.reading import read_checkpoint
 from nerine.files.reports import LoadReport, SaveReport
 from nerine.files.resolve import component_of
+from nerine.files.store import Outgoing
 from nerine.files.writing import lay_out
 from nerine.model.mount import Spot, bias_at, weight_at
 from nerine.model.targets import every_spot, spot_at
@@ -85,9 +86,23 @@ def convert(
         told = {path: layer.algorithm for path, layer in layers.items() if path in read.meta.layers}
         kept = {key: value for key, value in read.meta.other.items() if key not in ("format", "lora_adapter_metadata")}
         meta = write_meta(told, __version__, {**kept, **written.header, **(metadata or {})}, chosen.name)
-        size = write(target, chosen, written.tensors, meta, written.config, hashes)
-    saved = SaveReport(os.fspath(target), chosen.name, len(layers), len(written.tensors), size)
+        tensors = [*written.tensors, *_embeddings(read, chosen)]
+        size = write(target, chosen, tensors, meta, written.config, hashes)
+    saved = SaveReport(os.fspath(target), chosen.name, len(layers), len(tensors), size)
     return ConvertReport(read.report, saved)
+
+
+def _embeddings(read: Checkpoint, chosen: Dialect) -> list[Outgoing]:
+    """The textual inversions that the file carries, as they are; a folder has no room for them."""
+    if read.embeddings and chosen.folder:
+        raise FormatError(
+            f"{read.report.file}: it carries embeddings, for which the {chosen.name} dialect has no place"
+        )
+    return [
+        Outgoing(f"{EMBEDDINGS}{word}.{name}", piece.shape, piece.dtype, piece.read)
+        for word, own in read.embeddings.items()
+        for name, piece in own.items()
+    ]
 
 
 def _alone(read: Checkpoint, chosen: Dialect, component: str | None) -> tuple[dict[str, Layer], str | None]:

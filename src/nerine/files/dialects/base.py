@@ -22,9 +22,10 @@ from nerine.files.store import Source
 from nerine.ops.precision import wide
 from nerine.site import Site
 
-__all__ = ["DENOISER", "EMBEDDINGS", "EXACT", "Dialect", "Emitted", "canonical", "rank_of"]
+__all__ = ["DENOISER", "EMBEDDINGS", "EXACT", "Dialect", "Emitted", "Splits", "canonical", "rank_of"]
 
 Emitted = dict[str, Tensor]
+Splits = Mapping[str, tuple[str, str] | None]  # key: what stands before its suffix, and the suffix
 DENOISER = "denoiser"  # the UNet or transformer of a pipeline, whatever a program calls it
 EMBEDDINGS = "bundle_emb."
 
@@ -43,10 +44,14 @@ class Dialect(ABC):
     renamed: ClassVar[Mapping[str, str]] = {}  # suffixes that mean something else here than elsewhere
 
     # -- detection -----------------------------------------------------------------------------------------------
-    def score(self, source: Source, splits: Mapping[str, tuple[str, str] | None]) -> float:
-        """How much of a file this dialect explains, 0 to 1; a little more where something tells of it alone."""
+    def score(self, source: Source, splits: Splits, known: Known) -> float:
+        """How much of a file this dialect explains, 0 to 1; a little more where something tells of it alone. `splits`
+        are the keys taken apart, which a dialect with suffixes of its own does again."""
         if not source.keys or not self.detected or (self.variant and not self.telling(source)):
             return 0.0
+        if self.renamed:
+            suffixes = {**known.suffixes, **self.renamed}
+            splits = {key: split(key, suffixes) for key in splits}
         stems = {parts[0] for parts in splits.values() if parts is not None}
         own = {stem for stem in stems if self.stem(stem) is not None}
         explained = sum(parts is not None and parts[0] in own and self.spells(parts[1]) for parts in splits.values())
@@ -91,7 +96,7 @@ class Dialect(ABC):
             stem = None if parts is None else stems[parts[0]]
             if key.startswith(EMBEDDINGS) and key.count(".") >= 2:
                 _, trigger, name = key.split(".", 2)
-                found.embeddings.setdefault(trigger, {})[name] = piece_of(source, key).read
+                found.embeddings.setdefault(trigger, {})[name] = piece_of(source, key)
             elif parts is None:
                 found.unused[key] = "no known algorithm has such a tensor"
             elif stem is None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from nerine.algorithms import BOFT, IA3, DiagOFT, DoRA, Full, GLoRA, LoHa, LoKr, LowRank, Norm, OFTv2
 from nerine.errors import FormatError
 from nerine.files.checkpoint import Base, Layer, Record
-from nerine.files.dialects.base import DENOISER, Dialect, Emitted, canonical
-from nerine.files.pieces import MAGNITUDE, Stem
+from nerine.files.dialects.base import DENOISER, Dialect, Emitted, Splits, canonical
+from nerine.files.pieces import MAGNITUDE, Known, Stem
 from nerine.files.rows import plain
 from nerine.files.store import Source
 from nerine.ops.precision import wide
@@ -113,8 +113,8 @@ class Bare(Dialect):
     prefixes: ClassVar[Mapping[str, str]] = {"": ""}
     flat = False
 
-    def score(self, source: Source, splits: Mapping[str, tuple[str, str] | None]) -> float:
-        return 0.5 * super().score(source, splits)  # any dotted name is one of these
+    def score(self, source: Source, splits: Splits, known: Known) -> float:
+        return 0.4 * super().score(source, splits, known)  # any dotted name is one of these
 
 
 def _norms(record: Record, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,8 @@ class Diffusers(Dialect):
         for stem, record in records.items():
             part, _, path = stem.partition(".")
             parts.setdefault(part, {})[path] = record
+        if any(self.prefixes.get(f"{part}.") != DENOISER for part in parts):
+            return {}, {}  # which layers a text encoder has differs by version of transformers; the tensors tell enough
         values = {
             f"{part}.{name}": value
             for part, own in sorted(parts.items())

@@ -24,7 +24,7 @@ def readers_of(layers: Mapping[str, Layer], dialect: Dialect) -> tuple[ReaderRow
 
 
 def _row(reader: Reader, layers: Mapping[str, Layer], dialect: Dialect) -> ReaderRow:
-    verdicts = {stem: reader.judge(layer.sketch(), dialect) for stem, layer in layers.items()}
+    verdicts = reader.judge_all({stem: layer.sketch() for stem, layer in layers.items()}, dialect)
     exact, near, no = (sum(v.level == level for v in verdicts.values()) for level in ("exact", "near", "no"))
     whys = list(dict.fromkeys(verdict.why for verdict in verdicts.values() if verdict.why))
     off = [stem for stem, verdict in verdicts.items() if verdict.formula]
@@ -38,6 +38,9 @@ def _worst(reader: Reader, layers: Mapping[str, Layer], verdicts: Mapping[str, V
     step = max(1, len(layers) // LOOKED_AT)
     found = []
     for stem, layer in list(layers.items())[::step]:
+        if verdicts[stem].formula == "scaled":
+            found.append(abs(verdicts[stem].factor - 1))
+            continue
         if layer.base is None:
             return None
         with torch.no_grad():
@@ -47,10 +50,10 @@ def _worst(reader: Reader, layers: Mapping[str, Layer], verdicts: Mapping[str, V
 
 def _better(reader: Reader, layers: Mapping[str, Layer], dialect: Dialect) -> str:
     """The first dialect that holds all layers exactly and is read exactly."""
+    sketches = {stem: layer.sketch() for stem, layer in layers.items()}
     for other in DIALECTS.values():
-        sketches = [layer.sketch() for layer in layers.values()]
-        if other is not dialect and all(
-            not other.refuses(sketch) and reader.judge(sketch, other).level == "exact" for sketch in sketches
-        ):
+        if other is dialect or any(other.refuses(sketch) for sketch in sketches.values()):
+            continue
+        if all(verdict.level == "exact" for verdict in reader.judge_all(sketches, other).values()):
             return other.name
     return ""

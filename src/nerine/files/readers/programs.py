@@ -6,7 +6,7 @@ that the tests run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from nerine.algorithms import BOFT, IA3, DiagOFT, DoRA, Full, GLoRA, LoHa, LoKr, LowRank, Norm
@@ -14,16 +14,18 @@ from nerine.files.checkpoint import Record
 from nerine.files.dialects.base import Dialect
 from nerine.files.dialects.comfy import unread as unread_by_comfyui
 from nerine.files.dialects.low_rank import low_rank_refusal
+from nerine.files.dialects.peft_config import common
 
 __all__ = ["READERS", "Reader", "Verdict"]
 
 
 class Verdict(NamedTuple):
-    """ "exact", "near" or "no"; why not exactly; and the formula by which the program computes instead."""
+    """ "exact", "near" or "no"; why not exactly; the formula by which the program computes instead, and its number."""
 
     level: str
     why: str = ""
     formula: str = ""
+    factor: float = 1.0
 
 
 EXACT = Verdict("exact")
@@ -35,6 +37,13 @@ class Reader(NamedTuple):
     name: str
     dialects: frozenset[str]
     rule: Callable[[Record, str], Verdict]
+    together: Callable[[Mapping[str, Record], str], Mapping[str, Verdict]] = lambda records, dialect: {}
+
+    def judge_all(self, records: Mapping[str, Record], dialect: Dialect) -> dict[str, Verdict]:
+        """What this program makes of the adapters of a file (their shapes alone)."""
+        found = {stem: self.judge(record, dialect) for stem, record in records.items()}
+        others = self.together(records, dialect.name)
+        return {stem: others.get(stem, v) if v.level == "exact" else v for stem, v in found.items()}
 
     def judge(self, record: Record, dialect: Dialect) -> Verdict:
         """What this program makes of an adapter (its shapes alone) in a file of `dialect`."""
@@ -104,6 +113,20 @@ def _diffusers(record: Record, dialect: str) -> Verdict:
     return _no(low_rank_refusal(record, "diffusers").removeprefix("diffusers "))
 
 
+def _one_alpha(records: Mapping[str, Record], dialect: str) -> dict[str, Verdict]:
+    """diffusers takes one alpha for all layers of a kohya file, the one that most have."""
+    if dialect != "kohya":
+        return {}
+    alphas = {
+        stem: record.params.scale * record.params.tensors["down"].shape[0]
+        for stem, record in records.items()
+        if set(record.params.tensors) == {"down", "up"}
+    }
+    usual = common(alphas) if alphas else 1.0
+    why = "takes the alpha that most layers have for all of them"
+    return {stem: Verdict("near", why, "scaled", usual / a) for stem, a in alphas.items() if a and a != usual}
+
+
 def _peft(record: Record, dialect: str) -> Verdict:
     return EXACT  # what it does not read exactly is refused before it is written
 
@@ -138,7 +161,7 @@ READERS = (
     ),
     Reader("A1111", frozenset({"kohya", "invokeai"}), _a1111),
     Reader("Forge", frozenset({"kohya", "invokeai", "diffusers"}), _forge),
-    Reader("diffusers", frozenset({"diffusers", "kohya", "ai-toolkit"}), _diffusers),
+    Reader("diffusers", frozenset({"diffusers", "kohya", "ai-toolkit"}), _diffusers, _one_alpha),
     Reader("PEFT", frozenset({"peft"}), _peft),
     Reader("sd-scripts", frozenset({"kohya", "invokeai"}), _sd_scripts),
     Reader("InvokeAI", frozenset({"kohya", "invokeai", "diffusers", "onetrainer", "ai-toolkit"}), _invokeai),

@@ -56,15 +56,20 @@ def _no(why: str) -> Verdict:
     return Verdict("no", why) if why else EXACT
 
 
-def _parts(record: Record) -> tuple[object, str, set[str]]:
-    """The algorithm inside of a DoRA, the axis of that or "", and the names of the tensors."""
-    algorithm = record.algorithm
+def _parts(record: Record, dialect: str) -> tuple[object, str, set[str]]:
+    """The algorithm inside of a DoRA, the axis of that or "", and the names of the tensors as they are written."""
+    algorithm, names = record.algorithm, set(record.params.tensors)
     inner = algorithm.inner if isinstance(algorithm, DoRA) else algorithm
-    return inner, getattr(algorithm, "axis", ""), set(record.params.tensors)
+    if "p" in names and dialect in _AS_LORA:
+        names = {"down", "up"}
+    return inner, getattr(algorithm, "axis", ""), names
+
+
+_AS_LORA = {"diffusers", "peft", "comfy", "ai-toolkit", "invokeai"}  # dialects that write T-LoRA as the LoRA that it is
 
 
 def _comfyui(record: Record, dialect: str) -> Verdict:
-    inner, axis, names = _parts(record)
+    inner, axis, names = _parts(record, dialect)
     if isinstance(inner, DiagOFT) and "rescale" in names and dialect != "comfy":
         return Verdict("near", "leaves out the rescale of Diag-OFT", "comfy-oft")
     if why := unread_by_comfyui(record):
@@ -83,12 +88,12 @@ def _comfyui(record: Record, dialect: str) -> Verdict:
 
 
 def _forge(record: Record, dialect: str) -> Verdict:
-    inner, _, _ = _parts(record)
+    inner, _, _ = _parts(record, dialect)
     return _no("has no rotations") if isinstance(inner, DiagOFT | BOFT) else _comfyui(record, dialect)
 
 
 def _a1111(record: Record, dialect: str) -> Verdict:
-    inner, axis, names = _parts(record)
+    inner, axis, names = _parts(record, dialect)
     if len(record.site.kernel) in (1, 3) or record.site.kind not in ("linear", "conv", "norm"):
         return _no("patches linear layers, two-dimensional convolutions and norms only")
     if "p" in names or not isinstance(inner, LowRank | LoHa | LoKr | IA3 | Full | Norm | DiagOFT | BOFT | GLoRA):
@@ -103,7 +108,7 @@ def _a1111(record: Record, dialect: str) -> Verdict:
 
 
 def _diffusers(record: Record, dialect: str) -> Verdict:
-    _, axis, names = _parts(record)
+    _, axis, names = _parts(record, dialect)
     if dialect == "kohya":
         if why := low_rank_refusal(record, "diffusers"):
             return _no(why.removeprefix("diffusers "))
@@ -132,7 +137,7 @@ def _peft(record: Record, dialect: str) -> Verdict:
 
 
 def _sd_scripts(record: Record, dialect: str) -> Verdict:
-    inner, axis, names = _parts(record)
+    inner, axis, names = _parts(record, dialect)
     if axis:
         return _no("has no DoRA")
     if isinstance(inner, LowRank):
@@ -143,7 +148,7 @@ def _sd_scripts(record: Record, dialect: str) -> Verdict:
 
 
 def _invokeai(record: Record, dialect: str) -> Verdict:
-    inner, axis, names = _parts(record)
+    inner, axis, names = _parts(record, dialect)
     if axis and not (isinstance(inner, LowRank) and "mid" not in names):
         return _no("has DoRA around a plain LoRA only")
     if axis == "out" and dialect != "diffusers":

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nerine.algorithms import Algorithm, Params
-from nerine.errors import DeviceError, FormatError, OptionError
+from nerine.errors import DeviceError, FormatError, OptionError, shown
 from nerine.files.checkpoint import Base, Checkpoint, Layer, Record, of_record
 from nerine.files.detect import dialect_named
 from nerine.files.folder import open_adapter, write
@@ -212,7 +212,7 @@ class _Choice(NamedTuple):
 def _rows_in(keys: Iterable[str]) -> list[tuple[int, int]]:
     """The row ranges of adapters on some rows of a weight, whose names in a file end in [start:stop]."""
     found = {match.groups() for key in keys for match in re.finditer(r"\[(\d{1,9}):(\d{1,9})\]", key)}
-    return sorted((int(start), int(stop)) for start, stop in found)
+    return sorted((int(start), int(stop)) for start, stop in found if int(start) < int(stop))
 
 
 def _completed(layer: Layer, spot: Spot, kept: torch.dtype | None = None) -> tuple[Record, str]:
@@ -252,8 +252,8 @@ def _read(source: Source, sites: Mapping[str, Site], choice: _Choice, wanted: It
             f"{report.file}: {len(report.unmatched)} keys were not used and {len(report.missing)} layers are missing"
         )
         if choice.strict:
-            details = [f"{key}: {why}" for key, why in report.unmatched.items()]
-            details += [f"missing: {p}" for p in report.missing]
+            details = [f"{shown(key)}: {why}" for key, why in report.unmatched.items()]
+            details += [f"missing: {shown(p)}" for p in report.missing]
             raise FormatError(f"{summary}. {'; '.join(details[:5])}")
         _log.warning("%s; see the network's report", summary)
     return replace(checkpoint, report=report)

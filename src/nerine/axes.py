@@ -13,7 +13,7 @@ sizes of the axes and says in words what disagrees. This file knows no torch: sh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nerine.errors import ShapeError
@@ -52,13 +52,15 @@ class Layout:
     """The tensors of one adapter by name, and the equations between the sizes of their axes, such as "out = a b".
 
     `alpha` says what a file's `alpha` means: "scale" (alpha / rank multiplies), "constraint" (a bound, taken as it is)
-    or nothing (""). `marks` are further keys of a file with the number that each must hold.
+    or nothing (""). `marks` are further keys of a file with the number that each must hold. `check` says what is wrong
+    with sizes where no equation can tell ("" where nothing is).
     """
 
     specs: Mapping[str, Spec]
     relations: tuple[str, ...] = ()
     alpha: str = "scale"
     marks: Mapping[str, float] = field(default_factory=dict)
+    check: Callable[[Sizes], str] | None = None
 
     @property
     def keys(self) -> frozenset[str]:
@@ -107,7 +109,9 @@ def _spread(spec: Spec, shape: Shape, kernel_axes: int | None, where: str) -> li
     starred = any(word.startswith("*") for word in spec.words)
     plain = sum(word not in ("*k", "*1", "?1") for word in spec.words)
     only_kernel = "?1" in spec.words
-    extra = len(shape) - plain - (only_kernel and len(shape) > plain)
+    extra = len(shape) - plain
+    if only_kernel and extra:  # with it comes one axis at least of the kernel
+        extra = extra - 1 or -1
     if extra < 0 or (not starred and extra) or (starred and kernel_axes not in (None, extra)):
         want = plain + (kernel_axes or 0) * starred + bool(only_kernel and kernel_axes)
         raise ShapeError(
@@ -154,6 +158,8 @@ def bind(layout: Layout, shapes: Mapping[str, Shape], known: Mapping[str, int], 
     for relation in layout.relations:
         _relate(relation, sizes, witness, where)
     del sizes["1"]
+    if layout.check is not None and (wrong := layout.check(sizes)):
+        raise ShapeError(f"{where}: {wrong}")
     return sizes
 
 
@@ -167,7 +173,7 @@ def _relate(relation: str, sizes: Sizes, witness: Mapping[str, str], where: str)
     product = math.prod(sizes[word] for word in words if word in sizes)
     if len(unknown) > 1 or (unknown and left not in sizes):
         return
-    if unknown and sizes[left] % product == 0:
+    if unknown and product and sizes[left] % product == 0:
         sizes[unknown[0]] = sizes[left] // product
     elif unknown or sizes.setdefault(left, product) != product:
         shown = " x ".join(str(sizes.get(word, "?")) for word in words)

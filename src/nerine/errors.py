@@ -78,8 +78,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f"Known: {', '.join(known)}." if known else "There are none."
 
 
-def shown(text: str, most: int = 200) -> str:
-    """Text out of a stranger's file as it may stand in a message: what is not printable escaped, and not too long."""
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def shown(text: object, longest: int = 200) -> str:
+    """A text from a file as it may be printed anywhere: ASCII alone, control characters escaped, and not too long."""
+    plain = ascii(str(text)[: longest + 1])[1:-1]
+    return plain if len(plain) <= longest else plain[: longest - 3] + "..."

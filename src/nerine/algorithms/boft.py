@@ -5,7 +5,7 @@ With all stages every output reaches every other one, at a small part of the cos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from nerine.algorithms.base import Call, Design, Params, Sandwich
 from nerine.algorithms.diag_oft import rotations, turned_and_rescaled
 from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_butterfly
-from nerine.axes import Layout, Spec
+from nerine.axes import Layout, Sizes, Spec
 from nerine.ops.butterfly import butterfly, butterfly_deviation
 from nerine.ops.cayley import bounded, cayley, skew
 from nerine.ops.precision import same_dtype, wide
@@ -23,7 +23,20 @@ from nerine.site import Site
 __all__ = ["BOFT"]
 
 _BLOCKS = Spec("m n s s", "oft_blocks", init="zeros", carrier=True, gate="n")
-_LAYOUTS = rotations(_BLOCKS)
+
+
+def _wrong(sizes: Sizes) -> str:
+    """What is wrong with these sizes, if anything."""
+    m, n, s = sizes["m"], sizes["n"], sizes["s"]
+    if n > 0 and n & (n - 1) == 0 and 0 < m <= n.bit_length() and (s % 2 == 0 or n == 1):
+        return ""
+    return (
+        f"oft_blocks has {m} stages of {n} blocks of {s} x {s}; expected a power of two of blocks, "
+        "of an even size where there are several, and log2(n) + 1 stages at most"
+    )
+
+
+_LAYOUTS = tuple(replace(layout, check=_wrong) for layout in rotations(_BLOCKS))
 
 
 @dataclass(frozen=True, kw_only=True)

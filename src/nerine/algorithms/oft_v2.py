@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nerine.algorithms.base import Algorithm, Call, ChangedInput, Design, Params, Sandwich, Strength
 from nerine.algorithms.settings import check_rank, nearest_divisor
-from nerine.axes import Layout, Spec
+from nerine.axes import Layout, Sizes, Spec
 from nerine.errors import OptionError
 from nerine.ops.blocks import turn_channels
 from nerine.ops.cayley import cayley, neumann, skew_of_upper
@@ -22,10 +22,23 @@ from nerine.site import Site
 
 __all__ = ["OFTv2"]
 
+
+def _wrong(sizes: Sizes) -> str:
+    """What is wrong with these sizes, if anything."""
+    half = sizes["s"] * (sizes["s"] - 1) // 2 if "s" in sizes else sizes["half"]
+    if sizes["half"] == half:
+        return ""
+    return (
+        f"blocks of {sizes['s']} x {sizes['s']} have {half} entries above the diagonal, "
+        f"and oft_R.weight has {sizes['half']}"
+    )
+
+
 _LAYOUT = Layout(
     {"upper": Spec("n half", "oft_R.weight", init="zeros", carrier=True, gate="n")},
     ("flat = in *k", "flat = n s"),
     alpha="",
+    check=_wrong,
 )
 
 

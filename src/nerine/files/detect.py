@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from nerine.errors import FormatError, OptionError, nearest
+from nerine.errors import FormatError, OptionError, nearest, shown
 from nerine.files.dialects import DIALECTS
 from nerine.files.dialects.base import EMBEDDINGS, Dialect
 from nerine.files.meta import Meta
@@ -45,17 +45,17 @@ def detect(source: Source, meta: Meta, known: Known) -> tuple[Dialect, Mapping[s
     if meta.dialect in DIALECTS:
         return DIALECTS[meta.dialect], found
     if not found:
-        shown = ", ".join(repr(key) for key in source.keys[:3]) or "no keys at all"
+        keys = ", ".join(map(shown, source.keys[:3])) or "no keys at all"
         raise FormatError(
             f"{source.path}: none of its {len(source.keys)} keys is one of an adapter in any of the dialects "
-            f"{', '.join(DIALECTS)}, so nothing was loaded. In the file: {shown}"
+            f"{', '.join(DIALECTS)}, so nothing was loaded. In the file: {keys}"
         )
     best, *others = found.items()
     rivals = [name for name, score in others if best[1] - score < MARGIN]
     if rivals:
-        shown = ", ".join(f"{name} ({score:.0%})" for name, score in found.items())
+        scored = ", ".join(f"{name} ({score:.0%})" for name, score in found.items())
         raise FormatError(
             f"{source.path}: {best[0]} and {' and '.join(rivals)} explain this file equally well; say which it is with "
-            f"dialect={best[0]!r}. Candidates: {shown}"
+            f"dialect={best[0]!r}. Candidates: {scored}"
         )
     return DIALECTS[best[0]], found

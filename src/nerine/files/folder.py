@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nerine.errors import FormatError
+from nerine.files.atomic import write_json
 from nerine.files.dialects.base import Dialect
-from nerine.files.store import Outgoing, Source, open_file, write_file, write_json
+from nerine.files.store import Outgoing, Source, open_file, write_file
 
 __all__ = ["open_adapter", "write"]
 

@@ -1,8 +1,9 @@
-"""The two hashes by which sd-scripts, A1111 and its extensions know a file, made while it is written.
+"""The two hashes by which other programs recognise an adapter file, taken while the file is written.
 
-    sshs_model_hash    sha256 of the bytes of all tensors
-    sshs_legacy_hash   first 8 digits of the sha256 of 64 KiB at 1 MiB of the file that has `ss_` metadata only
-Source: sd-scripts `library/train_util.py`.
+They are those of a file that has the same tensors and only the `ss_` metadata, so that a change of title or author
+leaves them alone: the SHA-256 of its data, and the first eight digits of the SHA-256 of 64 KiB that begin 1 MiB into
+it (of nothing, where it is shorter).
+Source: sd-scripts, precalculate_safetensors_hashes.
 """
 
 from __future__ import annotations
@@ -10,28 +11,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-__all__ = ["MODEL_HASH", "PLACEHOLDERS", "Hasher"]
+__all__ = ["PLACEHOLDERS", "Hashes"]
 
-MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
-PLACEHOLDERS: Mapping[str, str] = {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
-_FROM, _COUNT = 0x100000, 0x10000
+_FULL, _LEGACY = "sshs_model_hash", "sshs_legacy_hash"
+_WINDOW = range(2**20, 2**20 + 2**16)
+PLACEHOLDERS: Mapping[str, str] = {_FULL: "0" * 64, _LEGACY: "0" * 8}
 
 
-class Hasher:
-    """Fed with the header that a file with `ss_` metadata only would have, then with its data as it goes by."""
+class Hashes:
+    """Both hashes of a file that begins with `header`, fed with its data piece by piece."""
 
     def __init__(self, header: bytes) -> None:
-        self._all, self._some, self._at = hashlib.sha256(), hashlib.sha256(), 0
-        self._window(header)
+        self._data = hashlib.sha256()
+        self._window = hashlib.sha256(header[_WINDOW.start : _WINDOW.stop])
+        self._at = len(header)
 
-    def feed(self, data: memoryview) -> None:
-        self._all.update(data)
-        self._window(data)
+    def update(self, piece: memoryview) -> None:
+        """The next bytes of the data."""
+        self._data.update(piece)
+        begin, end = max(_WINDOW.start - self._at, 0), max(_WINDOW.stop - self._at, 0)
+        self._window.update(piece[begin:end])
+        self._at += len(piece)
 
-    def _window(self, data: bytes | memoryview) -> None:
-        start, stop = max(_FROM - self._at, 0), max(_FROM + _COUNT - self._at, 0)
-        self._some.update(data[start:stop])
-        self._at += len(data)
-
-    def values(self) -> dict[str, str]:
-        return {MODEL_HASH: self._all.hexdigest(), LEGACY_HASH: self._some.hexdigest()[:8]}
+    def metadata(self) -> dict[str, str]:
+        """The entries of the metadata, of the same lengths as `PLACEHOLDERS`."""
+        return {_FULL: self._data.hexdigest(), _LEGACY: self._window.hexdigest()[:8]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nerine.algorithms import Algorithm, build
-from nerine.errors import FormatError, OptionError
+from nerine.errors import FormatError, OptionError, shown
 
 __all__ = ["SEMANTICS", "Meta", "read_meta", "write_meta"]
 
@@ -62,15 +62,18 @@ def read_meta(metadata: Mapping[str, str], where: str, others: Sequence[type[Alg
         semantics = int(own["semantics"])
         version, dialect = str(own.get("version", "")), str(own.get("dialect", ""))
     except _UNREADABLE as error:
-        return Meta(other=other, note=f"the nerine metadata cannot be read ({error}); the tensors alone were used")
+        return Meta(
+            other=other, note=f"the nerine metadata cannot be read ({shown(error)}); the tensors alone were used"
+        )
     if semantics > SEMANTICS:
         raise FormatError(
-            f"{where}: written by nerine {version or 'of a later version'} with semantics {semantics}, "
-            f"while this one knows up to {SEMANTICS}; upgrade nerine to get the numbers it was trained with"
+            f"{where}: written by nerine {shown(version, 40) or 'of a later version'} with semantics "
+            f"{shown(semantics, 40)}, while this one knows up to {SEMANTICS}; "
+            "upgrade nerine to get the numbers it was trained with"
         )
     try:
         algorithms = [build(settings, others) for settings in own["algorithms"]]
         layers = {str(path): algorithms[int(i)] for path, i in own["layers"].items()}
     except (OptionError, *_UNREADABLE) as error:
-        return Meta({}, semantics, version, other, f"the settings in the file are unusable ({error})", dialect)
+        return Meta({}, semantics, version, other, f"the settings in the file are unusable ({shown(error)})", dialect)
     return Meta(layers, semantics, version, other, dialect=dialect)

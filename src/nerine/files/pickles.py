@@ -1,52 +1,93 @@
-"""Files of torch's own kind (.pt, .ckpt, .bin): known by name or by content, read without running what they say."""
+"""Adapters in PyTorch's own container, for those who say that they trust the file: tensors and plain values only.
+
+A pickle can run code when it is opened; `weights_only` keeps it from that, and everything that it then refuses or
+trips over is a `FormatError` here.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nerine.errors import FormatError, shown
+from nerine.files.header import DTYPES, LARGEST
 
-__all__ = ["is_pickle", "read_pickle"]
+__all__ = ["SUFFIXES", "Pickled", "is_pickle", "is_safetensors", "read_pickle"]
 
-_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl"}
-_ZIP, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_INSIDE = ("state_dict", "module", "lora")  # where programs put the tensors one level deeper
-
-
-def is_pickle(file: Path) -> bool:
-    """Whether a file is one of torch's, by its name or by how it begins."""
-    if file.suffix.lower() in _SUFFIXES:
-        return True
-    with file.open("rb") as handle:
-        start = handle.read(8)
-    is_length = start.endswith(b"\0\0\0")  # of a safetensors header, which may begin alike
-    return start.startswith(_ZIP) or (start.startswith(_PICKLES) and not is_length)
+SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl"})
+_NESTS = ("state_dict", "module")
+_FORMATS = frozenset(DTYPES.values())
 
 
-def read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-    """Tensors, text, and the names of what is neither; torch builds nothing but tensors and plain containers.
+class Pickled(NamedTuple):
+    """What a pickle holds: tensors, texts and numbers as text, and why the rest was left out."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    ignored: Mapping[str, str]
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins like this (nine bytes) can be a safetensors file."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LARGEST
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file that begins like this is a pickle, or the zip archive that PyTorch puts one into."""
+    protocol = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return not is_safetensors(head) and (protocol or head[:4] == b"PK\x03\x04")
+
+
+def read_pickle(file: str | os.PathLike[str]) -> Pickled:
+    """The state dict in a pickle, by itself or one level down under `state_dict` or `module`.
 
     Raises:
-        FormatError: it is damaged, or asks for anything else.
+        FormatError: it cannot be read without running code, is damaged, or holds no state dict.
     """
     try:
-        values = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a stranger's pickle makes of torch's reader
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{file}: not read as tensors alone ({shown(reason)})") from error
-    if not isinstance(values, Mapping):
-        raise FormatError(f"{file}: expected tensors by name, found {type(values).__name__}")
-    inside = next((values[name] for name in _INSIDE if isinstance(values.get(name), Mapping)), values)
-    found: Mapping[Any, Any] = inside
-    tensors = {str(key): value for key, value in found.items() if _is_plain(value)}
-    metadata = {str(key): value for key, value in found.items() if isinstance(value, str)}
-    return tensors, metadata, tuple(str(key) for key in found if str(key) not in {*tensors, *metadata})
+        with open(file, "rb") as stream:  # by its name alone PyTorch takes some files for other formats
+            content = torch.load(stream, weights_only=True, map_location="cpu")
+    except Exception as error:  # whatever torch trips over in a damaged or hostile file
+        raise FormatError(
+            f"{file}: cannot be read as a PyTorch file of tensors alone ({shown(error)}); "
+            "convert it to .safetensors with the program that wrote it"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    ignored: dict[str, str] = {}
+    for part in _levels(content, file):
+        for key, value in part.items():
+            if not isinstance(key, str):
+                ignored[shown(key)] = f"its name is {type(key).__name__}, not text"
+            elif isinstance(value, Tensor):
+                tensors[key] = _plain(value, key, file)
+            elif isinstance(value, str | int | float):
+                metadata[key] = str(value)
+            else:
+                ignored[key] = f"it is {type(value).__name__}, neither a tensor nor a text"
+    return Pickled(tensors, metadata, ignored)
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+def _levels(content: Any, file: str | os.PathLike[str]) -> list[Mapping[Any, Any]]:
+    """The dictionaries that hold the tensors and what is told beside them."""
+    if not isinstance(content, dict):
+        raise FormatError(f"{file}: expected a dictionary of tensors, found {type(content).__name__}")
+    for nest in _NESTS:
+        if isinstance(content.get(nest), dict):
+            return [{key: value for key, value in content.items() if key != nest}, content[nest]]
+    return [content]
+
+
+def _plain(value: Tensor, key: str, file: str | os.PathLike[str]) -> Tensor:
+    where = f"{file}: {shown(key)}"
+    if value.layout is not torch.strided or value.dtype not in _FORMATS or value.device.type != "cpu":
+        raise FormatError(
+            f"{where} is {value.dtype} in the layout {value.layout} on {value.device}, expected a plain tensor"
+        )
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise FormatError(f"{where} claims the shape {tuple(value.shape)}, and the file has fewer numbers")
+    return value.detach()

@@ -6,6 +6,7 @@ every dialect is translated into it before anything is understood.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from nerine.algorithms import REGISTRY, Algorithm, Layout, Shape
-from nerine.errors import FormatError, OptionError
+from nerine.errors import FormatError, OptionError, shown
 from nerine.files.store import Source
 
-__all__ = ["ALPHA", "MAGNITUDE", "Known", "Parts", "Piece", "Stem", "piece_of", "split"]
+__all__ = ["ALPHA", "MAGNITUDE", "Known", "Parts", "Piece", "Stem", "is_zero", "piece_of", "split"]
 
 ALPHA, MAGNITUDE = "alpha", "dora_scale"
 
@@ -93,7 +94,7 @@ class Parts:
         pieces = self.layers.setdefault(stem, {})
         if suffix in pieces:
             raise FormatError(
-                f"{where}: {pieces[suffix].key} and {piece.key} both are the {suffix} of one layer; "
+                f"{where}: {shown(pieces[suffix].key)} and {shown(piece.key)} both are the {suffix} of one layer; "
                 "the file was put together from two"
             )
         pieces[suffix] = piece
@@ -102,6 +103,11 @@ class Parts:
 def piece_of(source: Source, key: str) -> Piece:
     """The tensor of a key as it stands in the file."""
     return Piece(key, source.shape(key), source.dtype(key), lambda: source.read(key))
+
+
+def is_zero(piece: Piece) -> bool:
+    """Whether a piece is the single number zero."""
+    return math.prod(piece.shape) == 1 and not bool(piece.read().reshape(-1)[0].to(torch.float64))
 
 
 class Known:

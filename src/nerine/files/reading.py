@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nerine.algorithms import Algorithm
-from nerine.errors import FormatError, NerineError
+from nerine.errors import FormatError, NerineError, shown
 from nerine.files.checkpoint import Checkpoint, Layer
 from nerine.files.dense import drop_incomplete, recognise_any
 from nerine.files.detect import detect, dialect_named
@@ -51,6 +51,7 @@ def read_checkpoint(
         chosen, found = dialect_named(dialect), {}
     parts = chosen.parts(source, known)
     drop_incomplete(parts)
+    parts.unused.update(source.ignored)
     job = _Job(source, meta, known, chosen, parts)
     if sites is None:
         job.read_alone()
@@ -90,7 +91,7 @@ class _Job:
         found, other = self._matches(index, sites, component)
         for stem, pieces in self.parts.layers.items():
             if stem not in found:
-                why = other.get(stem) or f"the model has no layer {stem.name}"
+                why = other.get(stem) or f"the model has no layer {shown(stem.name)}"
                 self.parts.unused.update(dict.fromkeys(_keys(pieces), why))
         if not found:
             raise FormatError(f"{self._nothing(index)}{_unknown(self.meta)}")
@@ -146,8 +147,8 @@ class _Job:
         told = [m for m in matches if m.name in self.meta.layers] if len(matches) > 1 else matches
         if len(told) != 1:
             raise FormatError(
-                f"{self.source.path}: {stem.text} may mean {' or '.join(m.name for m in matches)}, and the file does "
-                "not say which; rename one of the two in the model"
+                f"{self.source.path}: {shown(stem.text)} may mean {' or '.join(m.name for m in matches)}, and the file "
+                "does not say which; rename one of the two in the model"
             )
         return told[0]
 
@@ -163,13 +164,13 @@ class _Job:
         layer = self.dialect.settle(layer, stem, self.source)
         self.used.update(dict.fromkeys(_keys(pieces), told.path))
         for path, spans in _gathered(match.places, sites).items():
-            self._put(path, layer if spans is None else _taken(layer, spans, f"{self.source.path}: {stem.text}"))
+            self._put(path, layer if spans is None else _taken(layer, spans, f"{self.source.path}: {shown(stem.text)}"))
             self.rows.append(replace(row, layer=path))
 
     def _put(self, path: str, layer: Layer) -> None:
         if path in self.layers:
             raise FormatError(
-                f"{self.source.path}: two adapters for the layer {path}; the file was put together from two"
+                f"{self.source.path}: two adapters for the layer {shown(path)}; the file was put together from two"
             )
         self.layers[path] = layer
 
@@ -199,7 +200,7 @@ class _Job:
 
     def _nothing(self, index: Index) -> str:
         keys = [*self.parts.unused, *(key for pieces in self.parts.layers.values() for key in _keys(pieces))]
-        in_file = ", ".join(list(dict.fromkeys(keys))[:3]) or "no keys at all"
+        in_file = ", ".join(map(shown, list(dict.fromkeys(keys))[:3])) or "no keys at all"
         names = [path for paths in index.parts.values() for path in paths][:3]
         stems = [self.dialect.stem_text(path) for path in names]
         return (

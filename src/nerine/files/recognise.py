@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nerine.algorithms import Algorithm, DoRA, Layout, Params, Shape, Spec
@@ -19,8 +20,9 @@ from nerine.files.pieces import ALPHA, EXTRA, MAGNITUDE, Known, Piece
 from nerine.files.reports import LoadRow
 from nerine.site import Site
 
-__all__ = ["Told", "recognise"]
+__all__ = ["Told", "first", "recognise"]
 
+LARGEST_ALPHA = 1e30  # times any size of a layer it is still a number in fp32
 LARGEST = 2**34  # entries of a weight; larger ones exist in no model, and files that ask for them are hostile
 
 
@@ -46,6 +48,8 @@ def recognise(told: Told, site: Site | None, pieces: Mapping[str, Piece], known:
     if MAGNITUDE in pieces:
         shapes = {name: _bare(piece.shape, site) for name, piece in chosen.items()}
         sizes = _sizes(layout, shapes, site, told.path)
+        if site is not None and site.kind == "norm":
+            raise ShapeError(f"{told.path}.{MAGNITUDE}: a norm has one row of weights and no magnitudes; remove it")
         axis, note = _axis(told, _bare(pieces[MAGNITUDE].shape, site), sizes)
         notes += [note] if note else []
         algorithm = DoRA(algorithm, axis=axis)
@@ -142,7 +146,12 @@ def _marks_agree(layout: Layout, pieces: Mapping[str, Piece]) -> bool:
 
 
 def _single(piece: Piece) -> bool | None:
-    return bool(piece.read().reshape(-1)[0]) if math.prod(piece.shape) == 1 else None
+    return bool(first(piece.read())) if math.prod(piece.shape) == 1 else None
+
+
+def first(t: Tensor) -> float:
+    """The first number of a tensor of any format."""
+    return float(t.reshape(-1)[0].to(torch.float64))
 
 
 def _fits(layout: Layout, site: Site | None, pieces: Mapping[str, Piece], path: str) -> bool:
@@ -193,8 +202,8 @@ def _scale(told: Told, pieces: Mapping[str, Piece], layout: Layout, sizes: Mappi
 def _finite(told: Told, piece: Piece, name: str) -> float:
     if math.prod(piece.shape) != 1:
         raise ShapeError(f"{told.path}.{name}: expected a single number, got shape {piece.shape}")
-    value = float(piece.read().reshape(-1)[0])
-    if not math.isfinite(value):
+    value = first(piece.read())
+    if not abs(value) <= LARGEST_ALPHA:
         raise FormatError(f"{told.file}: {told.path}.{name} is {value}; the file is damaged")
     return value
 
@@ -208,6 +217,10 @@ def _axis(told: Told, shape: Shape, sizes: Mapping[str, int]) -> tuple[str, str]
     """The axis of a magnitude by its shape, and a note where the shape alone does not tell."""
     hint = told.algorithm.axis if isinstance(told.algorithm, DoRA) else ""
     out, inputs = sizes.get("out", 0), sizes.get("in", 0)
+    if not inputs:
+        raise ShapeError(
+            f"{told.path}.{MAGNITUDE}: a layer with one row of weights has no magnitudes; remove this tensor"
+        )
     total = math.prod(shape)
     fits = [axis for axis, size in (("out", out), ("in", inputs)) if total == size]
     if len(shape) > 1 and len(fits) == 2 and out != 1:

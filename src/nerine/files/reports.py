@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from nerine.errors import shown
 from nerine.tables import table
 
 __all__ = ["LoadReport", "LoadRow", "ReaderRow", "SaveReport"]
@@ -64,8 +65,8 @@ class LoadReport:
             f"{self.file}{f' ({self.dialect})' if self.dialect else ''}: {len(self.rows)} layers matched, "
             f"{len(self.unmatched)} keys not used, {len(self.missing)} layers missing"
         )
-        lines += [f"not used: {key}: {why}" for key, why in self.unmatched.items()]
-        lines += [f"missing: {path}" for path in self.missing]
+        lines += [f"not used: {shown(key)}: {why}" for key, why in self.unmatched.items()]
+        lines += [f"missing: {shown(path)}" for path in self.missing]
         lines += [f"never executed: {path}: its adapter has no effect" for path in self.idle]
         return "\n".join([*lines, *self.notes])
 

@@ -1,17 +1,14 @@
-"""Safetensors in and out, a tensor at a time: bounded memory, deterministic bytes, and writing that leaves the old file
-whole until the new one is. Pickles are read only where that is asked for, and then nothing in them runs.
+"""Safetensors in and out, one tensor at a time: what is read lies in memory of its own, what is written has the same
+bytes for the same content. Pickles only for those who ask for it.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors (8-byte length, JSON header, data).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import struct
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,110 +18,16 @@ import torch
 from torch import Tensor
 
 from nerine.errors import FormatError, shown
-from nerine.files.hashes import PLACEHOLDERS, Hasher
-from nerine.files.header import CODES, Bad, Entry, read_header
-from nerine.files.pickles import is_pickle, read_pickle
+from nerine.files.atomic import replacing, write_json
+from nerine.files.hashes import PLACEHOLDERS, Hashes
+from nerine.files.header import Entry, Header, place, read_header, render_header
+from nerine.files.pickles import SUFFIXES, is_pickle, is_safetensors, read_pickle
 
 __all__ = ["Outgoing", "Source", "open_file", "write_file", "write_json"]
 
-if sys.byteorder != "little":
-    raise ImportError("nerine reads and writes files on little-endian machines only")
-
-
-class Source:
-    """An open file: its keys and metadata at once, each tensor when it is asked for, in memory of its own.
-
-    `config` are settings that stand in a file beside it; `ignored` is what a pickle holds that is no tensor.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str],
-        read: Callable[[str], Tensor],
-    ) -> None:
-        self.path = path
-        self.keys: tuple[str, ...] = tuple(sorted(shapes))
-        self.metadata = dict(metadata)
-        self.config: Mapping[str, Any] = {}
-        self.ignored: tuple[str, ...] = ()
-        self._shapes, self._read = shapes, read
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Source:
-        """Tensors that are in memory already, as if they were a file at `path`."""
-        shapes = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
-        return cls(path, shapes, metadata, lambda key: tensors[key].detach())
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._shapes[key][0]
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._shapes[key][1]
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU.
-
-        Raises:
-            FormatError: its bytes are no longer there.
-        """
-        return self._read(key)
-
-
-@contextmanager
-def open_file(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Iterator[Source]:
-    """Open a safetensors file for reading, or with `allow_pickle` one of torch's.
-
-    Raises:
-        FormatError: there is no such file, it is a pickle, or it is truncated or damaged.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FormatError(f"{file}: expected an adapter file, found {'a folder' if file.is_dir() else 'nothing'} there")
-    if is_pickle(file):
-        if not allow_pickle:
-            raise FormatError(
-                f"{file}: a pickle can run code when it is opened; convert it to .safetensors with the program that "
-                "wrote it, or read it with allow_pickle=True, which runs nothing in it"
-            )
-        tensors, metadata, ignored = read_pickle(file)
-        source = Source.of(tensors, metadata, file)
-        source.ignored = ignored
-        yield source
-        return
-    try:
-        handle = file.open("rb", buffering=0)
-    except OSError as error:
-        raise FormatError(f"{file}: cannot be opened ({error})") from error
-    with handle:
-        size = os.fstat(handle.fileno()).st_size
-        try:
-            entries, metadata = read_header(handle, size)
-        except Bad as bad:
-            raise FormatError(
-                f"{file} ({size:,} bytes): not a whole safetensors file ({bad}). "
-                "Was the download or the save interrupted? Fetch or save it again"
-            ) from bad
-        shapes = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
-        yield Source(file, shapes, metadata, lambda key: _read(handle, entries[key], key, file))
-
-
-def _read(handle: BinaryIO, entry: Entry, key: str, file: Path) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    room = _bytes(tensor)
-    handle.seek(entry.start)
-    done = 0
-    while done < len(room):
-        count = handle.readinto(room[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise FormatError(f"{file}: the file was cut short while it was read, within {shown(key)}")
-        done += count
-    return tensor
-
 
 class Outgoing(NamedTuple):
-    """A tensor to be written: what the header says of it, and how it is made when its turn comes."""
+    """A tensor to write: announced by its name, shape and format, and made when its turn comes."""
 
     key: str
     shape: tuple[int, ...]
@@ -132,6 +35,168 @@ class Outgoing(NamedTuple):
     make: Callable[[], Tensor]
 
 
+class Source:
+    """Named tensors and metadata of an open file, or of memory; a tensor is read when it is asked for.
+
+    `ignored` says which entries of a pickle were left out, and why: {name: reason}. `config` are settings that stand in
+    a file beside it, for formats that have such a file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, str],
+        reader: Callable[[str], Tensor],
+        ignored: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.keys: tuple[str, ...] = tuple(sorted(entries))
+        self.metadata: Mapping[str, str] = dict(metadata)
+        self.ignored: Mapping[str, str] = dict(ignored or {})
+        self.config: Mapping[str, Any] = {}
+        self._entries = entries
+        self._reader = reader
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str] | None = None,
+        path: str | os.PathLike[str] = "(memory)",
+        ignored: Mapping[str, str] | None = None,
+    ) -> Source:
+        """Tensors in memory, as if they were the file `path`; what is read is a copy on the CPU."""
+        entries = {key: Entry(t.dtype, tuple(t.shape), 0, t.numel() * t.element_size()) for key, t in tensors.items()}
+
+        def read(key: str) -> Tensor:
+            if tensors[key].is_meta:
+                raise FormatError(
+                    f"{os.fspath(path)}: {shown(key)} is on meta and has no values; give tensors that have"
+                )
+            return tensors[key].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+        return cls(Path(path), entries, metadata or {}, read, ignored)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._entry(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entry(key).dtype
+
+    def nbytes(self, key: str) -> int:
+        entry = self._entry(key)
+        return entry.end - entry.begin
+
+    def read(self, key: str) -> Tensor:
+        """One tensor on the CPU, in memory of its own: what happens to the file later does not change it.
+
+        Raises:
+            FormatError: there is no such tensor, its bytes cannot be read, or the file has changed since it was opened.
+        """
+        self._entry(key)
+        return self._reader(key)
+
+    def _entry(self, key: str) -> Entry:
+        if key not in self._entries:
+            raise FormatError(f"{self.path}: has no tensor {shown(key)}")
+        return self._entries[key]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+@contextmanager
+def open_file(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Iterator[Source]:
+    """Open a safetensors file for reading, or with `allow_pickle` a file of PyTorch's, of which tensors are read alone.
+
+    Raises:
+        FormatError: there is no such file, it is a pickle that was not allowed, or it is truncated or damaged.
+    """
+    file = Path(path)
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "something else" if os.path.lexists(file) else "nothing"
+        raise FormatError(f"{file}: expected an adapter file, found {found} there")
+    _check_byte_order(file)
+    try:
+        stream = open(file, "rb", buffering=0)  # noqa: SIM115 (closed below; what the caller does is not in this try)
+    except OSError as error:
+        raise FormatError(f"{file}: cannot be opened ({error.strerror})") from error
+    with stream:
+        yield _source(file, stream, allow_pickle)
+
+
+def _source(file: Path, stream: BinaryIO, allow_pickle: bool) -> Source:
+    head = _head(stream, file)
+    by_name = file.suffix.lower() in SUFFIXES
+    if (by_name or is_pickle(head)) and not allow_pickle:
+        raise FormatError(
+            f"{file}: a pickle can run code when it is opened; "
+            "convert it to .safetensors with the program that wrote it, or allow pickles if you trust it"
+        )
+    if is_pickle(head) or (by_name and not is_safetensors(head)):
+        pickled = read_pickle(file)
+        return Source.of(pickled.tensors, pickled.metadata, file, pickled.ignored)
+    reader = _Reader(file, stream)
+    return Source(file, reader.header.entries, reader.header.metadata, reader)
+
+
+def _head(stream: BinaryIO, file: Path) -> bytes:
+    try:
+        head = stream.read(9)
+        stream.seek(0)
+    except OSError as error:
+        raise FormatError(f"{file}: cannot be read ({error.strerror})") from error
+    return head
+
+
+class _Reader:
+    """Reads tensors of an open safetensors file into fresh memory. No mapping of the file into memory: a file that
+    another program cuts short would then end this one, and one that it writes into would change the adapter."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self._path = path
+        self._stream = stream
+        self._turn = threading.Lock()  # an open file has one position
+        try:
+            self._state = self._now()
+            self.header: Header = read_header(stream, self._state[0], path)
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def __call__(self, key: str) -> Tensor:
+        dtype, shape, begin, _ = self.header.entries[key]
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        raw = tensor.reshape(-1).view(torch.uint8)
+        try:
+            with self._turn:
+                whole = self._fill(raw.numpy().data, self.header.start + begin)
+                whole = whole and self._now() == self._state
+        except OSError as error:
+            raise FormatError(f"{self._path}: {shown(key)} cannot be read ({error.strerror})") from error
+        if not whole:
+            raise FormatError(
+                f"{self._path}: it was changed while it was open, so {shown(key)} cannot be read; load it again"
+            )
+        if dtype is torch.bool:
+            raw.clamp_(max=1)  # a byte that is neither 0 nor 1 would be neither true nor false
+        return tensor
+
+    def _now(self) -> tuple[int, int]:
+        status = os.fstat(self._stream.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def _fill(self, memory: memoryview, at: int) -> bool:
+        """Read until `memory` is full; False where the file ends before."""
+        self._stream.seek(at)
+        done = 0
+        while done < len(memory):
+            count = self._stream.readinto(memory[done:])  # type: ignore[attr-defined]
+            if not count:
+                return False
+            done += count
+        return True
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 def write_file(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor] | Iterable[Outgoing],
@@ -139,126 +204,68 @@ def write_file(
     *,
     hashes: bool = False,
 ) -> int:
-    """Write `tensors`, made one at a time, and return the number of bytes; the same content gives the same bytes.
+    """Write `tensors` and return the number of bytes; the same content gives the same bytes.
 
-    With `hashes`, the metadata gets the two hashes by which sd-scripts knows a file. The file appears under its name
-    only once it is complete and on the disk; an interruption or a full disk leaves whatever was there before, and no
-    rubbish.
+    Tensors that are only announced are made one after the other, so that memory for one of them is enough. With
+    `hashes` the metadata also gets the two hashes by which other programs recognise the file, in place of those that
+    it may have. The file appears under its name only once it is complete and on the disk; an interruption or a full
+    disk leaves whatever was there before, and no rubbish.
 
     Raises:
-        FormatError: the folder does not exist, a name occurs twice, or a tensor has a format that the file cannot hold.
+        FormatError: the folder does not exist, two tensors have the same name, metadata is not text to text, a
+            tensor has a format that the file cannot hold, or is not what was announced.
     """
     file = Path(path)
-    order = _ordered(_outgoing(tensors), file)
-    wanted = dict(metadata) | (dict(PLACEHOLDERS) if hashes else {})
-    with _replacing(file) as out:
-        header = _header(order, wanted, file)
-        hasher = Hasher(_header(order, _of_training(metadata), file)) if hashes else None
+    _check_byte_order(file)
+    outgoing = list(_announced(tensors) if isinstance(tensors, Mapping) else tensors)
+    entries = place(((o.key, tuple(o.shape), o.dtype) for o in outgoing), file)
+    makers = {o.key: o.make for o in outgoing}
+    told = {**metadata, **(PLACEHOLDERS if hashes else {})}
+    header = render_header(entries, told, file)
+    trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    tally = Hashes(render_header(entries, trained, file)) if hashes else None
+    with replacing(file) as out:
         out.write(header)
-        for outgoing in order:
-            data = _bytes(_made(outgoing, file))
-            out.write(data)
-            if hasher is not None:
-                hasher.feed(data)
+        for key, entry in entries.items():
+            _write_one(out, key, entry, makers[key], tally, file)
         size = out.tell()
-        if hasher is not None:
+        if tally is not None:
             out.seek(0)
-            out.write(_header(order, wanted | hasher.values(), file))
+            out.write(render_header(entries, {**told, **tally.metadata()}, file))
     return size
 
 
-def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> int:
-    """Write settings as JSON, whole or not at all; the number of bytes."""
-    text = (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    with _replacing(Path(path)) as out:
-        out.write(text)
-    return len(text)
+def _announced(tensors: Mapping[str, Tensor]) -> Iterator[Outgoing]:
+    for key, tensor in tensors.items():
+        yield Outgoing(key, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
 
 
-@contextmanager
-def _replacing(file: Path) -> Iterator[BinaryIO]:
-    """A file to write into that takes the place of `file` once it is whole and on the disk."""
-    if not file.parent.is_dir():
-        raise FormatError(f"{file}: the folder {file.parent} does not exist; create it first")
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name[:100]}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, _mode(file))
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(file.parent)
-
-
-def _outgoing(tensors: Mapping[str, Tensor] | Iterable[Outgoing]) -> list[Outgoing]:
-    if not isinstance(tensors, Mapping):
-        return list(tensors)
-    return [Outgoing(key, tuple(t.shape), t.dtype, lambda t=t: t) for key, t in tensors.items()]  # type: ignore[misc]
-
-
-def _ordered(tensors: list[Outgoing], file: Path) -> list[Outgoing]:
-    """The order in which safetensors writes: by format, the largest first, then by name."""
-    names = {outgoing.key for outgoing in tensors}
-    if len(names) < len(tensors):
-        raise FormatError(f"{file}: two tensors would have the same name")
-    for outgoing in tensors:
-        if outgoing.dtype not in CODES:
-            raise FormatError(f"{file}: {outgoing.key} is {outgoing.dtype}, which this file format cannot hold")
-    return sorted(tensors, key=lambda outgoing: (-CODES[outgoing.dtype][0], outgoing.key))
-
-
-def _header(order: Iterable[Outgoing], metadata: Mapping[str, str], file: Path) -> bytes:
-    """Length and text of the header."""
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for key, shape, dtype, _ in order:
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[key] = {"dtype": CODES[dtype][1], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _of_training(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key.startswith("ss_")}
-
-
-def _made(outgoing: Outgoing, file: Path) -> Tensor:
-    tensor = outgoing.make()
-    if tuple(tensor.shape) != outgoing.shape or tensor.dtype != outgoing.dtype:
+def _write_one(
+    out: BinaryIO, key: str, entry: Entry, make: Callable[[], Tensor], tally: Hashes | None, file: Path
+) -> None:
+    """Make a tensor and write it; it is freed on return, before the next one is made."""
+    tensor = make()
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise FormatError(
-            f"{file}: {outgoing.key} was to be {outgoing.dtype} {outgoing.shape} and has become "
-            f"{tensor.dtype} {tuple(tensor.shape)}"
+            f"{file}: {shown(key)} was announced as {entry.dtype} of shape {entry.shape} "
+            f"and came as {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
-    return tensor
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise FormatError(
+            f"{file}: {shown(key)} has no values to write: it is on {tensor.device}, with the layout {tensor.layout}"
+        )
+    data = _bytes(tensor)
+    out.write(data)
+    if tally is not None:
+        tally.update(data)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
     view: memoryview = flat.view(torch.uint8).numpy().data
     return view
 
 
-def _mode(file: Path) -> int:
-    """Permissions of the file that is replaced, else those that a new file would get."""
-    if file.exists():
-        return file.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable, where the system lets folders be synced."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _check_byte_order(file: Path) -> None:
+    if sys.byteorder != "little":
+        raise FormatError(f"{file}: files have their low bytes first, and this machine does not; use another machine")

@@ -17,7 +17,7 @@ from torch import Tensor
 from nerine.algorithms import Params
 from nerine.axes import Layout
 from nerine.files.checkpoint import Base, Layer, Record
-from nerine.files.pieces import ALPHA, MAGNITUDE, Known, Parts, Piece, Stem, piece_of, split
+from nerine.files.pieces import ALPHA, MAGNITUDE, Known, Parts, Piece, Stem, is_zero, piece_of, split
 from nerine.files.store import Source
 from nerine.ops.precision import wide
 from nerine.site import Site
@@ -159,7 +159,7 @@ class Dialect(ABC):
 def _unscaled(pieces: dict[str, Piece]) -> dict[str, Piece]:
     """OFT of OneTrainer's without the mark that its entries, as stored, are 2·√(s - 1) times too large."""
     mark, upper = pieces.pop("scaled_oft", None), pieces.get("oft_R.weight")
-    if mark is None or upper is None or len(upper.shape) != 2 or not bool(mark.read().reshape(-1)[0]):
+    if mark is None or upper is None or len(upper.shape) != 2 or is_zero(mark):
         return pieces
     size = round((1 + (1 + 8 * upper.shape[1]) ** 0.5) / 2)
     factor = 1 / (2 * max(size - 1, 1) ** 0.5)

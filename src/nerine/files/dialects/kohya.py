@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from nerine.files.dialects.base import DENOISER, Dialect
-from nerine.files.pieces import ALPHA, Piece, Stem
+from nerine.files.pieces import ALPHA, Piece, Stem, is_zero
 from nerine.files.store import Source
 
 __all__ = ["Kohya"]
@@ -42,6 +42,6 @@ class Kohya(Dialect):
     def translate(self, stem: Stem, pieces: dict[str, Piece], source: Source) -> dict[str, Piece]:
         if not stem.text.startswith("oft_unet_") or "oft_blocks" not in pieces or ALPHA not in pieces:
             return pieces
-        if float(pieces[ALPHA].read().reshape(-1)[0]) == 0:  # a bound of zero, and not the absence of one
+        if is_zero(pieces[ALPHA]):  # a bound of zero, and not the absence of one
             pieces = {**pieces, "oft_blocks": pieces["oft_blocks"].changed(lambda t: t * 0)}
         return pieces

@@ -156,15 +156,16 @@ def bind(layout: Layout, shapes: Mapping[str, Shape], known: Mapping[str, int], 
                 )
             witness.setdefault(word, spec.key)
     for relation in layout.relations:
-        _relate(relation, sizes, witness, where)
+        _relate(relation, sizes, witness, where, any_kernel=not known and not kernel_of(sizes))
     del sizes["1"]
     if layout.check is not None and (wrong := layout.check(sizes)):
         raise ShapeError(f"{where}: {wrong}")
     return sizes
 
 
-def _relate(relation: str, sizes: Sizes, witness: Mapping[str, str], where: str) -> None:
-    """Check `left = product of the right words`, or solve it where one size is unknown."""
+def _relate(relation: str, sizes: Sizes, witness: Mapping[str, str], where: str, any_kernel: bool = False) -> None:
+    """Check `left = product of the right words`, or solve it where one size is unknown. With `any_kernel`, no layer is
+    at hand and no tensor shows its kernel, so that the product may be any part of `left`."""
     left, right = relation.split(" = ")
     words: list[str] = []
     for word in right.split():
@@ -172,6 +173,8 @@ def _relate(relation: str, sizes: Sizes, witness: Mapping[str, str], where: str)
     unknown = [word for word in words if word not in sizes]
     product = math.prod(sizes[word] for word in words if word in sizes)
     if len(unknown) > 1 or (unknown and left not in sizes):
+        return
+    if any_kernel and "*k" in right.split() and not unknown and product and sizes.get(left, product) % product == 0:
         return
     if unknown and product and sizes[left] % product == 0:
         sizes[unknown[0]] = sizes[left] // product

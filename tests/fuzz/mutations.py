@@ -22,7 +22,7 @@ ITEM |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TORCH |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool, "I8": torch.int8}
 TORCH |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-NUMBERS = [0.0, -0.0, -1.0, 1e-30, 1e30, -1e30, 3.4e38, math.nan, math.inf, -math.inf, 1e-45, 65504.0, 2.0**63]
+NUMBERS = [0.0, -0.0, -1.0, 1e-30, 1e30, -1e30, 3.4e38, math.nan, math.inf, -math.inf, 1e-45, 65504.0, 2.0**63, 1e300]
 NAMES = ["", "\x1b[2J\x1b[31m", "a\nb", "../../etc/passwd", "\0", "..", "ü\u202e", "x" * 5000, ".", "alpha", "\ud7ff"]
 NAMES += ["lycoris_inner_lin_ear", "lycoris_.alpha", "lycoris_inner_lin_ear[0:4].alpha", "lycoris_conv[4:2].alpha"]
 NAMES += ["lycoris_conv[0:99999999999999999999].alpha", "lycoris_tokens.lora_up.weight.lora_up.weight"]
@@ -407,7 +407,9 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 
 
 def another_length(data: bytes, rng: random.Random) -> bytes:
-    length = rng.choice([0, 1, 2, 7, len(data), max(len(data) - 8, 0), 2**20, 2**25, 2**31, 2**32, 2**62, 2**63, 2**64 - 1])
+    length = rng.choice(
+        [0, 1, 2, 7, len(data), max(len(data) - 8, 0), 2**20, 2**25, 2**31, 2**32, 2**62, 2**63, 2**64 - 1]
+    )
     return struct.pack("<Q", length) + data[8:]
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from fuzz.mutations import damaged
 
+MEMORY = "/dev/shm"  # files there cost no disk
 PATIENCE = 60  # seconds without a sign of life, beyond the alarm of the worker
 
 
@@ -36,7 +37,7 @@ class Worker:
 
     def run(self) -> None:
         while self.next < self.stop:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
                 if self.run_once(Path(folder) / "state"):
                     break
         self.lines.put({"over": True})

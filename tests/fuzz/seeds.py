@@ -114,7 +114,7 @@ def seeds() -> dict[str, bytes]:
         if dialect != "lycoris":
             found[f"{dialect}-lora"] = _saved(lora, LAYERS[1:], dialect=dialect)
     for dialect in ("kohya", "comfy", "hcp"):
-        found[f"{dialect}-dora-lokr"] = _saved(DoRA(LoKr(rank=1, factor=2)), LAYERS[1:], dialect=dialect)
+        found[f"{dialect}-dora-lokr"] = _saved(DoRA(LoKr(rank=1, factor=2), axis="in"), LAYERS[1:], dialect=dialect)
     found["peft-ia3"] = _saved(IA3(on_input=True), LAYERS[1:], dialect="peft")
     found["onetrainer-oft"] = _saved(OFTv2(block_size=2), LAYERS[1:], dialect="onetrainer")
     found["diffusers-dora"] = _saved(DoRA(lora), LAYERS[1:], dialect="diffusers")

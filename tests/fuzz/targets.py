@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,10 +98,11 @@ class Converting:
     """Convert without a model; the file that comes out is whole, or there is none."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self.folder)
 
     def __call__(self, path: Path) -> None:
-        target = Path(self.folder.name) / "b.safetensors"
+        target = self.folder / "b.safetensors"
         try:
             convert(path, target, dialect="kohya")
             with open_file(target) as source:

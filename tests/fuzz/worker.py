@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -76,8 +75,7 @@ def main() -> None:
     logging.getLogger("nerine").addHandler(logging.NullHandler())
     warnings.simplefilter("error")
     targets = {name: make() for name, make in TARGETS.items()}
-    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
-    path = folder / "a.safetensors"
+    path = options.state.with_name("a.safetensors")
     for name, data in seeds().items():  # valid files are loaded as such, and memory is taken that is taken once
         path.write_bytes(data)
         for title, target in targets.items():
@@ -102,8 +100,6 @@ def main() -> None:
             print(json.dumps({"counts": counts}), flush=True)
             counts.clear()
     print(json.dumps({"counts": counts, "done": True}), flush=True)
-    path.unlink(missing_ok=True)
-    folder.rmdir()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from nerine.site import Site
 
 __all__ = ["OFTv2"]
 
+_MOST_TERMS = 100  # each is a product of matrices in every call, and a file may ask for as many as it likes
+
 
 def _wrong(sizes: Sizes) -> str:
     """What is wrong with these sizes, if anything."""
@@ -61,8 +63,11 @@ class OFTv2(Sandwich):
 
     def __post_init__(self) -> None:
         check_rank("OFTv2", self.block_size, "block_size")
-        if isinstance(self.terms, bool) or not isinstance(self.terms, int) or self.terms in (1, 2, 3) or self.terms < 0:
-            raise OptionError(f"OFTv2: terms must be 0 (exact) or a whole number of at least 4, got {self.terms!r}")
+        is_whole = isinstance(self.terms, int) and not isinstance(self.terms, bool)
+        if not is_whole or (self.terms != 0 and not 4 <= self.terms <= _MOST_TERMS):
+            raise OptionError(
+                f"OFTv2: terms must be 0 (exact) or a whole number from 4 to {_MOST_TERMS}, got {self.terms!r}"
+            )
 
     @property
     def layouts(self) -> tuple[Layout, ...]:

@@ -89,12 +89,17 @@ def write_json(path: str | os.PathLike[str], data: Any) -> int:
 def _open_neighbour(file: Path) -> tuple[BinaryIO, str]:
     """A locked new file beside `file`: the lock is what says that its writer lives."""
     while True:
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
+        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=_prefix(file), suffix=".part")
         out = os.fdopen(descriptor, "wb")
         _lock(descriptor, wait=True)
         if os.fstat(descriptor).st_nlink or os.name != "posix":
             return out, name
         out.close()  # another writer took it for a dead one's between its making and its locking
+
+
+def _prefix(file: Path) -> str:
+    """How the names of its neighbours begin; short enough that they are possible wherever its own is."""
+    return f".{file.name[:50]}."
 
 
 def _lock(descriptor: int, wait: bool) -> bool:
@@ -112,7 +117,7 @@ def _clear_away(file: Path) -> None:
     """Remove neighbours of `file` that nobody holds a lock on: their writers were killed."""
     if fcntl is None:
         return
-    own = re.compile(rf"\.{re.escape(file.name)}\.[a-z0-9_]{{8}}\.part")
+    own = re.compile(rf"{re.escape(_prefix(file))}[a-z0-9_]{{8}}\.part")
     for name in filter(own.fullmatch, os.listdir(file.parent)):
         with contextlib.suppress(OSError):  # of another user, or gone meanwhile: not ours to clear away
             descriptor = os.open(file.parent / name, os.O_RDWR)

@@ -103,12 +103,17 @@ def parse_header(text: bytes, size: int) -> Header:
     Raises:
         ValueError: what is wrong with it.
     """
+    try:
+        return _parse(text, size)
+    except RecursionError:  # of the parser, or of showing what it found
+        raise _Wrong("its header is nested too deeply") from None
+
+
+def _parse(text: bytes, size: int) -> Header:
     if not text.startswith(b"{"):
         raise _Wrong("its header does not begin with a brace")
     try:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_int=_whole, parse_constant=_no_number)
-    except RecursionError:
-        raise _Wrong("its header is nested too deeply") from None
     except _Wrong:
         raise
     except ValueError as error:

@@ -181,7 +181,7 @@ class _Job:
             path, is_flat = _path_alone(stem, by_flat)
             self.flat += [path] if is_flat else []
             own = self.meta.layers.get(by_flat.get(flatten(stem.name), ""))
-            told = Told(str(self.source.path), path, own, self.meta.note)
+            told = Told(str(self.source.path), shown(path), own, self.meta.note)
             layer, row = recognise_any(told, None, pieces, self.known)
             self._put(path, self.dialect.settle(layer, stem, self.source))
             self.rows.append(row)

@@ -49,8 +49,11 @@ def recognise(told: Told, site: Site | None, pieces: Mapping[str, Piece], known:
         shapes = {name: _bare(piece.shape, site) for name, piece in chosen.items()}
         sizes = _sizes(layout, shapes, site, told.path)
         if site is not None and site.kind == "norm":
-            raise ShapeError(f"{told.path}.{MAGNITUDE}: a norm has one row of weights and no magnitudes; remove it")
-        axis, note = _axis(told, _bare(pieces[MAGNITUDE].shape, site), sizes)
+            raise ShapeError(f"{told.path}.{MAGNITUDE}: a norm has no magnitudes; remove this tensor")
+        bare = _bare(pieces[MAGNITUDE].shape, site)
+        if "in" not in sizes and len(bare) > 1 and bare[0] == 1:  # without a model, it alone may tell the inputs
+            sizes["in"] = bare[1]
+        axis, note = _axis(told, bare, sizes)
         notes += [note] if note else []
         algorithm = DoRA(algorithm, axis=axis)
         lead = pieces[MAGNITUDE].shape[:1] if site is not None and site.experts else ()
@@ -217,12 +220,8 @@ def _axis(told: Told, shape: Shape, sizes: Mapping[str, int]) -> tuple[str, str]
     """The axis of a magnitude by its shape, and a note where the shape alone does not tell."""
     hint = told.algorithm.axis if isinstance(told.algorithm, DoRA) else ""
     out, inputs = sizes.get("out", 0), sizes.get("in", 0)
-    if not inputs:
-        raise ShapeError(
-            f"{told.path}.{MAGNITUDE}: a layer with one row of weights has no magnitudes; remove this tensor"
-        )
     total = math.prod(shape)
-    fits = [axis for axis, size in (("out", out), ("in", inputs)) if total == size]
+    fits = [axis for axis, size in (("out", out), ("in", inputs)) if size and total == size]
     if len(shape) > 1 and len(fits) == 2 and out != 1:
         fits = ["out"] if shape[0] == out else ["in"]
     if not fits:

@@ -106,7 +106,7 @@ def _sketched(base: Base, layer: Layer) -> Base:
 def _outgoing(key: str, suffix: str, sketch: Tensor, emitted: _Emitted, dtype: torch.dtype | None) -> Outgoing:
     kept = sketch.dtype
     if suffix in EXACT:
-        kept = torch.promote_types(kept, torch.float32)
+        kept = kept if kept == torch.float64 else torch.float32
     elif dtype is not None and kept.is_floating_point:
         kept = dtype
     if not sketch.is_meta:  # a number that the shapes and the scale tell already

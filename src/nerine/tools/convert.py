@@ -85,7 +85,7 @@ def convert(
         written = lay_out(layers, chosen, sites=sites, dtype=dtype, component=component)
         told = {path: layer.algorithm for path, layer in layers.items() if path in read.meta.layers}
         kept = {key: value for key, value in read.meta.other.items() if key not in ("format", "lora_adapter_metadata")}
-        meta = write_meta(told, __version__, {**kept, **written.header, **(metadata or {})}, chosen.name)
+        meta = write_meta(told, __version__, {**written.header, **kept, **(metadata or {})}, chosen.name)
         tensors = [*written.tensors, *_embeddings(read, chosen)]
         size = write(target, chosen, tensors, meta, written.config, hashes)
     saved = SaveReport(os.fspath(target), chosen.name, len(layers), len(tensors), size)

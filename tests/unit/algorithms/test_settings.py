@@ -57,7 +57,7 @@ BAD = [
     ({"constraint": -0.1}, "constraint must be a number of at least 0"),
     ({"constraint": math.nan}, "constraint"),
     ({"stages": 0}, "stages must be a whole number"),
-    ({"terms": 3}, r"terms must be 0 \(exact\) or a whole number of at least 4, got 3"),
+    ({"terms": 3}, r"terms must be 0 \(exact\) or a whole number from 4 to 100, got 3"),
     ({"min_rank": 17}, "min_rank must be at most the rank 16, got 17"),
     ({"timesteps": 0}, "timesteps"),
     ({"power": "2"}, "power must be a number"),

@@ -111,6 +111,17 @@ def test_a_huge_header_is_refused_unread(tmp_path: Path, monkeypatch: pytest.Mon
         pass
 
 
+@pytest.mark.parametrize("where", ["a", "shape", "dtype", "data_offsets"])
+def test_any_depth_is_refused(where: str) -> None:
+    """Near the limit of recursion the parser still succeeds, and what comes after it may not."""
+    for depth in [*range(900, 1000, 3), 5000]:
+        deep = "[" * depth + "]" * depth
+        table = {"a": deep} if where == "a" else entry(**{where: deep})
+        text = json.dumps(table).replace(f'"{deep}"', deep).encode()
+        with pytest.raises(ValueError, match=r"nested too deeply|a: "):
+            parse_header(text, 8)
+
+
 def test_names_are_shown_harmlessly() -> None:
     assert shown("a.lora_up.weight") == "a.lora_up.weight"
     assert shown("\x1b[2J\r\n\0ü../\u202e") == r"\x1b[2J\r\n\x00\xfc../\u202e"

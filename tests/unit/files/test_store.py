@@ -501,6 +501,13 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path, held: bool) -
     assert sorted(tmp_path.iterdir()) == sorted([file, *others])
 
 
+def test_the_longest_name_that_a_file_can_have(tmp_path: Path) -> None:
+    for name in ("x" * 255, "ü" * 127):
+        write_file(tmp_path / name, TENSORS, META)
+        assert read_all(tmp_path / name).keys() == TENSORS.keys()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_many_writers_at_once(tmp_path: Path) -> None:
     """Each clears away what it takes for dead, and none of them is."""
     file = tmp_path / "a.safetensors"

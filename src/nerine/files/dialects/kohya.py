@@ -8,12 +8,17 @@ Source: sd-scripts `networks/*.py`, LyCORIS's kohya plug-in.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
-from nerine.files.dialects.base import DENOISER, Dialect
+from nerine.algorithms import Algorithm, DoRA
+from nerine.files.checkpoint import Record
+from nerine.files.dialects.base import DENOISER, Dialect, rank_of
 from nerine.files.pieces import ALPHA, Piece, Stem, is_zero
 from nerine.files.store import Source
+from nerine.files.training_metadata import kohya_metadata
 
 __all__ = ["Kohya"]
 
@@ -39,9 +44,28 @@ class Kohya(Dialect):
     def naming_for(self, family: str) -> str:
         return "diffusers" if family == "unet" else "native"
 
+    def beside(self, records: Mapping[str, Record]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        return {}, kohya_metadata({stem: _as_it_is(record) for stem, record in records.items()})
+
     def translate(self, stem: Stem, pieces: dict[str, Piece], source: Source) -> dict[str, Piece]:
         if not stem.text.startswith("oft_unet_") or "oft_blocks" not in pieces or ALPHA not in pieces:
             return pieces
         if is_zero(pieces[ALPHA]):  # a bound of zero, and not the absence of one
             pieces = {**pieces, "oft_blocks": pieces["oft_blocks"].changed(lambda t: t * 0)}
         return pieces
+
+
+def _as_it_is(record: Record) -> Algorithm:
+    """The algorithm with the rank and alpha that the tensors have, whatever its settings say."""
+    algorithm, params = record.algorithm, record.params
+    if isinstance(algorithm, DoRA):
+        inner = _as_it_is(Record(algorithm.inner, record.site, params.without("magnitude")))
+        return replace(algorithm, inner=inner)
+    layout = algorithm.layout_of(params.tensors)
+    fields = {field.name for field in dataclasses.fields(algorithm)}
+    if layout.alpha != "scale" or not {"rank", "alpha"} <= fields:
+        return algorithm
+    rank = rank_of(params, layout, record.site)
+    settings: Any = algorithm  # of a class that has these two
+    found: Algorithm = replace(settings, rank=rank, alpha=params.scale * rank)
+    return found

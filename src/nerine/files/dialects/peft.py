@@ -73,7 +73,7 @@ class Peft(Dialect):
         config = PeftConfig(source.config, str(source.path))
         if isinstance(layer.algorithm, OFTv2):
             return replace(layer, algorithm=replace(layer.algorithm, terms=_terms(config)))
-        if isinstance(layer.algorithm, IA3) and not layer.algorithm.on_input and layer.site.has_bias:
+        if isinstance(layer.algorithm, IA3) and "w" in layer.shapes and layer.site.has_bias:
             return replace(layer, finish=_with_bias)
         return layer
 
@@ -184,7 +184,7 @@ def _terms(config: PeftConfig) -> int:
 
 def _ia3(config: PeftConfig, stem: Stem, pieces: dict[str, Piece]) -> dict[str, Piece]:
     whole = pieces["ia3_l"]
-    inputs = config.matches_feedforward(stem.name) if config.values else whole.shape[0] == 1
+    inputs = config.matches_feedforward(stem.name) if config.values else whole.shape[:1] == (1,)
     flat = tuple(n for n in whole.shape if n != 1) or (1,)
     shape = (1, *flat, *[1] * (len(whole.shape) - 2)) if len(whole.shape) > 2 else flat
     weight = whole.changed(lambda t: (wide(t) - 1).reshape(shape), shape)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nerine.files.checkpoint import Layer
+from nerine.files.checkpoint import Layer, Record
 from nerine.files.dialects import DIALECTS
 from nerine.files.dialects.base import Dialect
 from nerine.files.readers.formulas import deviation
@@ -20,16 +20,17 @@ LOOKED_AT = 16  # layers whose deviation is worked out, spread over the file
 
 def readers_of(layers: Mapping[str, Layer], dialect: Dialect) -> tuple[ReaderRow, ...]:
     """How each program reads these layers (by the name before the suffix) in a file of `dialect`."""
-    return tuple(_row(reader, layers, dialect) for reader in READERS)
+    sketches = {stem: layer.sketch() for stem, layer in layers.items()}
+    return tuple(_row(reader, layers, sketches, dialect) for reader in READERS)
 
 
-def _row(reader: Reader, layers: Mapping[str, Layer], dialect: Dialect) -> ReaderRow:
-    verdicts = reader.judge_all({stem: layer.sketch() for stem, layer in layers.items()}, dialect)
+def _row(reader: Reader, layers: Mapping[str, Layer], sketches: Mapping[str, Record], dialect: Dialect) -> ReaderRow:
+    verdicts = reader.judge_all(sketches, dialect)
     exact, near, no = (sum(v.level == level for v in verdicts.values()) for level in ("exact", "near", "no"))
     whys = list(dict.fromkeys(verdict.why for verdict in verdicts.values() if verdict.why))
     off = [stem for stem, verdict in verdicts.items() if verdict.formula]
     worst = _worst(reader, {stem: layers[stem] for stem in off}, verdicts)
-    better = "" if exact == len(layers) else _better(reader, layers, dialect)
+    better = "" if exact == len(layers) else _better(reader, sketches, dialect)
     return ReaderRow(reader.name, exact, near, no, "; ".join(whys[:2]), worst, better)
 
 
@@ -48,9 +49,8 @@ def _worst(reader: Reader, layers: Mapping[str, Layer], verdicts: Mapping[str, V
     return max(found, default=None)
 
 
-def _better(reader: Reader, layers: Mapping[str, Layer], dialect: Dialect) -> str:
+def _better(reader: Reader, sketches: Mapping[str, Record], dialect: Dialect) -> str:
     """The first dialect that holds all layers exactly and is read exactly."""
-    sketches = {stem: layer.sketch() for stem, layer in layers.items()}
     for other in DIALECTS.values():
         if other is dialect or any(other.refuses(sketch) for sketch in sketches.values()):
             continue

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nerine import IA3, DoRA, LoHa, LoKr, LoRA, Norm, OptionError
-from nerine.files.metadata_kohya import kohya_metadata, modelspec_metadata
+from nerine.files.training_metadata import kohya_metadata, modelspec_metadata
 
 
 def test_one_kind_of_layer() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nerine
-from contract.cases import ALGORITHMS, places_for
+from contract.cases import ALGORITHMS, few
 from nerine.algorithms import REGISTRY, Algorithm, DoRA
 from nerine.errors import FormatError
 from nerine.files.dialects import DIALECTS
@@ -60,7 +60,7 @@ def saved(network: nerine.Network, file: Path, dialect: str) -> SaveReport | Non
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
 def test_a_dialect_holds_an_adapter_exactly_or_refuses_it(algorithm: Algorithm, dialect: str, tmp_path: Path) -> None:
     held = 0
-    for number, place in enumerate(places_for(algorithm)):
+    for number, place in enumerate(few(algorithm)):
         model, network, _ = adapted(algorithm, place)
         file = tmp_path / (f"{number}.safetensors" if not DIALECTS[dialect].folder else str(number))
         report = saved(network, file, dialect)

@@ -34,6 +34,7 @@ def run(tmp_path: Path, *arguments: str, tests: Path = ROOT / "tests") -> subpro
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds its memory as Linux does")
 def test_damaged_files_are_loaded_or_refused(tmp_path: Path) -> None:
     done = run(tmp_path, str(INPUTS), "--seed", str(SEED), "--workers", "1")
@@ -158,6 +159,7 @@ worker.main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds its memory as Linux does")
+@pytest.mark.slow
 def test_deaths_and_greed_are_findings(tmp_path: Path) -> None:
     """A target that dies of one input and takes 2 GiB for another: both are saved, and the others are still tried."""
     (tmp_path / "bad_worker.py").write_text(BAD)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -113,7 +114,9 @@ def _parse(text: bytes, size: int) -> Header:
     if not text.startswith(b"{"):
         raise _Wrong("its header does not begin with a brace")
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_int=_whole, parse_constant=_no_number)
+        odd = b"-" in text or re.search(rb"[0-9]{20}", text)
+        whole = _whole if odd else None  # a call for each number takes its time
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_int=whole, parse_constant=_no_number)
     except _Wrong:
         raise
     except ValueError as error:
@@ -153,7 +156,14 @@ def _is_text(value: object) -> bool:
 
 
 def _is_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int for n in value)  # a bool is an int as well, and no count
+    if not isinstance(value, list) or len(value) > MOST_AXES:
+        return False
+    return all(type(n) is int and n < 2**63 for n in value)  # a bool is an int as well, and no count
+
+
+def _brief(value: object) -> str:
+    """The beginning of a value, without walking through all of it."""
+    return shown(reprlib.repr(value), 80)
 
 
 def _entry(key: str, value: object) -> Entry:
@@ -164,18 +174,18 @@ def _entry(key: str, value: object) -> Entry:
         raise _Wrong(f"{name}: expected dtype, shape and data_offsets, and these alone")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Wrong(f"{name}: its dtype is {shown(dtype, 40)}, expected one of {', '.join(DTYPES)}")
-    if not _is_counts(shape) or len(shape) > MOST_AXES:
-        raise _Wrong(f"{name}: its shape is {shown(shape, 80)}, expected at most {MOST_AXES} whole numbers")
+        raise _Wrong(f"{name}: its dtype is {_brief(dtype)}, expected one of {', '.join(DTYPES)}")
+    if not _is_counts(shape):
+        raise _Wrong(f"{name}: its shape is {_brief(shape)}, expected at most {MOST_AXES} whole numbers below 2**63")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _Wrong(f"{name}: its data_offsets are {shown(offsets, 80)}, expected a beginning and an end")
+        raise _Wrong(f"{name}: its data_offsets are {_brief(offsets)}, expected a beginning and an end")
     itemsize = DTYPES[dtype].itemsize
     if math.prod(max(n, 1) for n in shape) * itemsize >= 2**63:
-        raise _Wrong(f"{name}: its shape {shown(shape, 80)} is larger than any memory")
+        raise _Wrong(f"{name}: its shape {_brief(shape)} is larger than any memory")
     begin, end = offsets
     needed = math.prod(shape) * itemsize
     if end - begin != needed:
-        raise _Wrong(f"{name}: {dtype} of shape {shown(shape, 80)} takes {needed:,} bytes, and it has {end - begin:,}")
+        raise _Wrong(f"{name}: {dtype} of shape {_brief(shape)} takes {needed:,} bytes, and it has {end - begin:,}")
     return Entry(DTYPES[dtype], tuple(shape), begin, end)
 
 

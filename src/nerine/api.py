@@ -20,7 +20,7 @@ from nerine.files.folder import open_adapter, write
 from nerine.files.meta import write_meta
 from nerine.files.readers import readers_of
 from nerine.files.reading import read_checkpoint
-from nerine.files.reports import SaveReport
+from nerine.files.reports import LoadReport, SaveReport
 from nerine.files.store import Outgoing, Source
 from nerine.files.writing import lay_out
 from nerine.model.adapter import Noise, check_strength
@@ -182,21 +182,28 @@ def load(
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
     check_engines(model)
-    with open_adapter(file, allow_pickle=allow_pickle) as source:
+    report, fittings = _fittings(model, file, choice, dtype, strength)
+    network, _ = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
+    network.report = report
+    return network
+
+
+def _fittings(
+    model: nn.Module, file: str | os.PathLike[str], choice: _Choice, dtype: torch.dtype | None, strength: float
+) -> tuple[LoadReport, list[Fitting]]:
+    """The adapters of a file for the layers of `model`, in memory one after the other."""
+    fittings, notes = [], []
+    with open_adapter(file, allow_pickle=choice.allow_pickle) as source:
         spots = every_spot(model, _rows_in(source.keys))
-        sites = {path: spot.site for path, spot in spots.items()}
-        checkpoint = _read(source, sites, choice)
+        checkpoint = _read(source, {path: spot.site for path, spot in spots.items()}, choice)
         spots = {path: spot_at(spots, path) for path in checkpoint.layers}
         check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
-        fittings, notes = [], []
         with present(model):
             for path, layer in checkpoint.layers.items():
                 record, note = _completed(layer, spots[path], dtype)
                 notes += [f"{path}: {note}"] if note else []
                 fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=strength))
-    network, _ = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
-    network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))
-    return network
+    return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), fittings
 
 
 class _Choice(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import nerine
 from nerine import BOFT, IA3, DiagOFT, DoRA, FormatError, Full, GLoRA, LoHa, LoKr, LoRA, OFTv2
 from nerine.files.names import Alias, aliases, renamed
+from nerine.files.store import open_file
 from nerine.tools import convert
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'nerine[train]'")
@@ -221,3 +222,50 @@ def test_what_cannot_be_put_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="only low-rank adapters can be put together exactly"):
         nerine.save(network, tmp_path / "a.safetensors", dialect="kohya")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+# -- the UNets of Stable Diffusion -----------------------------------------------------------------------------------
+def unet(depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=depth,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "dialect", "start"),
+    [
+        (1, "kohya", "lora_unet_down_blocks_1_attentions_0_"),
+        (2, "kohya", "lora_unet_input_blocks_3_1_"),
+        (1, "comfy", "diffusion_model.input_blocks.3.1."),
+        (2, "diffusers", "unet.down_blocks.1.attentions.0."),
+        (2, "onetrainer", "lora_unet_down_blocks_1_attentions_0_"),
+        (2, "lycoris", "lycoris_down_blocks_1_attentions_0_"),
+    ],
+)
+def test_whose_names_a_unet_gets(depth: int, dialect: str, start: str, tmp_path: Path) -> None:
+    """SDXL, which is known by its deep transformers, has native names in files of sd-scripts, the others have not."""
+    model = unet(depth)
+    network = nerine.attach(model, LoRA(rank=2, alpha=3))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p))
+    report = nerine.save(network, tmp_path / "a.safetensors", dialect=dialect)
+    with open_file(tmp_path / "a.safetensors") as source:
+        assert any(key.startswith(f"{start}transformer_blocks") for key in source.keys)
+    again = unet(depth)
+    loaded = nerine.load(again, tmp_path / "a.safetensors", strict=True)
+    assert len(loaded.report.rows) == report.layers
+    network.merge()
+    loaded.merge()
+    assert all(
+        torch.allclose(t, model.state_dict()[k], atol=1e-6) for k, t in again.state_dict().items() if "nerine" not in k
+    )

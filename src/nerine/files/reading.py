@@ -109,8 +109,8 @@ class _Job:
                     match = self._the_one(matches, stem)
                     by_component.setdefault(stem.component if list(index.parts) == [""] else "", {})[stem] = match
                     break
-        if len(by_component) <= 1 and component is None:
-            return next(iter(by_component.values()), {}), {}
+        if len(by_component) <= 1 and (component is None or "" in by_component):
+            return next(iter(by_component.values()), {}), {}  # there is nothing to choose, or the names tell no parts
         fits = self._components(by_component, sites, component)
         why = "it is for the {} of a pipeline, and this model was taken for its {}"
         left = {

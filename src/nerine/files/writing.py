@@ -148,7 +148,8 @@ def _named(
 ) -> Iterable[_Name]:
     """Every layer of the file, in the order of the model."""
     if dialect.naming == "own" and not any(dialect.prefixes.values()):  # it names all layers as the model does
-        for path, layer in layers.items():
+        counts = {path: site.shape[0] for path, site in sites.items()}
+        for path, layer in (layers if dialect.rows else _without_rows(layers, counts)).items():
             yield _name(dialect, next(iter(dialect.prefixes)), path, layer)
         return
     whole = {path: site for path, site in sites.items() if "[" not in path}
@@ -163,6 +164,46 @@ def _named(
         prefix = dialect.prefix_of(told or _likely(shapes), part, _is_unet(shapes))
         for path, layer in _renamed(own, dialect, shapes):
             yield _name(dialect, prefix, path, layer)
+
+
+def _without_rows(layers: Mapping[str, Layer], counts: Mapping[str, int]) -> dict[str, Layer]:
+    """Adapters on some rows of a layer as one adapter of the whole layer, which leaves the other rows alone; `counts`
+    says how many rows a layer has."""
+    found: dict[str, Layer] = {}
+    spans: dict[str, list[tuple[Span, Layer]]] = {}
+    for path, layer in layers.items():
+        whole, rows = split_rows(path)
+        if rows is None:
+            found[path] = layer
+        else:
+            spans.setdefault(whole, []).append((rows, layer))
+    for whole, parts in spans.items():
+        if whole in found:
+            raise FormatError(f"{whole} has an adapter of its own and others on some of its rows; save them apart")
+        parts.sort(key=lambda part: part[0])
+        (_, last), first = parts[-1][0], parts[0][1]
+        found[whole] = _filled_up(parts, first.site.rows(counts.get(whole, last)), whole)
+    return found
+
+
+def _filled_up(parts: Sequence[tuple[Span, Layer]], site: Site, where: str) -> Layer:
+    """One layer of pieces, with nothing where there is none."""
+    spans: list[Span] = []
+    held: list[Layer | None] = []
+    at = 0
+    for (start, stop), layer in parts:
+        if start < at:
+            raise FormatError(f"{where}: two adapters on the same rows; save them apart")
+        if start > at:
+            spans, held = [*spans, (at, start)], [*held, None]
+        spans, held, at = [*spans, (start, stop)], [*held, layer], stop
+    if at < site.shape[0]:
+        spans, held = [*spans, (at, site.shape[0])], [*held, None]
+
+    def join(records: list[Record | None]) -> Record:
+        return fuse(list(zip(records, spans, strict=True)), site, where)
+
+    return joined(held, join)
 
 
 def _name(dialect: Dialect, prefix: str, path: str, layer: Layer) -> _Name:
@@ -194,9 +235,10 @@ def _renamed(layers: Mapping[str, Layer], dialect: Dialect, shapes: Shapes) -> I
             continue
         covered |= {used for _, used in parts}
         yield name, _joined([part for part, _ in parts], group, shapes, name)
-    for path, layer in layers.items():
-        if path not in covered:
-            yield path, layer
+    left = {path: layer for path, layer in layers.items() if path not in covered}
+    if not dialect.rows:
+        left = _without_rows(left, {path: shape[0] for path, shape in shapes.items()})
+    yield from left.items()
 
 
 def _naming(dialect: Dialect, shapes: Shapes) -> str:

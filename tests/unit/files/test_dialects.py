@@ -411,6 +411,30 @@ def test_a_pickle_is_read_by_choice(tmp_path: Path) -> None:
     assert torch.allclose(moved(path, allow_pickle=True)[0], DELTA, atol=1e-6)
 
 
+# -- rows ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dialect", ["lycoris", "kohya", "peft", "comfy", "bare"])
+def test_adapters_on_some_rows_become_one_of_the_layer_where_nobody_knows_rows(dialect: str, tmp_path: Path) -> None:
+    rules = [nerine.Rule(Q, LoRA(rank=2, alpha=3), rows=(1, 3)), nerine.Rule(Q, LoRA(rank=1), rows=(4, 6))]
+    model = Model()
+    network = nerine.attach(model, rules, targets=Q)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p))
+    file = tmp_path / ("a" if DIALECTS[dialect].folder else "a.safetensors")
+    report = nerine.save(network, file, dialect=dialect)
+    assert report.layers == 2
+    again = Model()
+    loaded = nerine.load(again, file, strict=dialect == "lycoris")
+    want = [f"{Q}[1:3]", f"{Q}[4:6]"] if dialect == "lycoris" else [Q]
+    assert [row.layer for row in loaded.report.rows] == want
+    network.merge()
+    loaded.merge()
+    got, base = again.get_submodule(Q).weight, Model().get_submodule(Q).weight
+    assert torch.allclose(got, model.get_submodule(Q).weight, atol=1e-6)
+    assert torch.equal(got[[0, 3]], base[[0, 3]])
+    assert not torch.allclose(got, base)
+
+
 # -- options ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
 def test_adapters_are_kept_in_the_format_that_is_asked_for(dtype: torch.dtype | None, write: Write) -> None:

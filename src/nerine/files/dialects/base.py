@@ -41,6 +41,7 @@ class Dialect(ABC):
     folder: ClassVar[bool] = False  # it is a folder with a config beside the tensors
     detected: ClassVar[bool] = True  # a dialect of its own, and not only a way to write another
     variant: ClassVar[bool] = False  # it is told from another dialect by what only this program writes, or not at all
+    rows: ClassVar[bool] = False  # an adapter on some rows of a layer has a name of its own, as in "to_qkv[0:64]"
     renamed: ClassVar[Mapping[str, str]] = {}  # suffixes that mean something else here than elsewhere
 
     # -- detection -----------------------------------------------------------------------------------------------

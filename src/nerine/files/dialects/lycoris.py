@@ -21,3 +21,4 @@ class Lycoris(Dialect):
     about = "LyCORIS, SimpleTuner"
     prefixes: ClassVar[Mapping[str, str]] = {"lycoris_": ""}
     flat = True
+    rows = True

@@ -54,6 +54,8 @@ def _bnb4(layer: nn.Linear, quant_type: str) -> nn.Module:
 
     made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type=quant_type)
     made.load_state_dict(layer.state_dict())
+    # on a CPU with AVX512-BF16, evaluation would pack the weight anew, which takes outputs in multiples of 32 only
+    made.support_avx512bf16_for_cpu = False
     return made.to("cpu").requires_grad_(False)
 
 

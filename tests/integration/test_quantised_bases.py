@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -277,3 +278,25 @@ def test_a_base_without_a_gradient_to_its_input_is_refused_in_training() -> None
         assert model(inputs()).shape == (5, SHAPE[0])
     with pytest.raises(UnsupportedBase, match=r"^0: the layer \(torchao\) passes no gradient to its input"):
         model(inputs().requires_grad_())
+
+
+def test_a_weight_that_evaluation_on_a_cpu_has_packed_anew() -> None:
+    """With AVX512-BF16, bitsandbytes changes the order of a four-bit weight in place; reading it must not say so."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)
+    layer.load_state_dict(nn.Linear(64, 32).state_dict())
+    layer = layer.to("cpu").requires_grad_(False)
+    storage = storage_of(layer, layer.weight)
+    assert storage is not None
+    before = storage.read(layer, layer.weight).clone()
+    layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    assert state.packing_format_for_cpu
+    for _ in range(2):  # the first reading once left the layer as if it were not packed
+        again = storage.read(layer, layer.weight)
+        assert float((again - before).abs().max()) < 1e-2 * float(before.abs().max())
+        assert layer.weight.quant_state.packing_format_for_cpu
+    written = storage.write(layer, layer.weight, before)
+    assert written.quant_state.dtype == torch.float32
+    assert not getattr(written.quant_state, "packing_format_for_cpu", False)

@@ -3,6 +3,7 @@ the state of its layer."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -21,16 +22,22 @@ def _read_4(module: nn.Module, stored: Any) -> Tensor:
         return plain
     import bitsandbytes
 
-    if getattr(state, "packing_format_for_cpu", False):  # evaluation on a CPU packs the weight anew for its products
-        data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(data, state)
+    if _is_packed(state):  # the way back changes the state that it is given, which still belongs to the packed weight
+        data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
     weight: Tensor = bitsandbytes.functional.dequantize_4bit(data, state)
     return weight.reshape(state.shape)
 
 
+def _is_packed(state: Any) -> bool:
+    """Whether evaluation on a CPU with AVX512-BF16 has packed the weight anew for its products."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def _write_4(module: nn.Module, stored: Any, weight: Tensor) -> nn.Parameter:
     state = stored.quant_state
+    dtype = stored.dtype if state is None else state.original_dtype if _is_packed(state) else state.dtype
     new: Any = type(stored)(
-        weight.to(stored.dtype if state is None else state.dtype),
+        weight.to(dtype),
         requires_grad=False,
         blocksize=stored.blocksize,
         compress_statistics=stored.compress_statistics,

@@ -103,7 +103,14 @@ def job(name: str, file: Path, out: Path) -> dict[str, float]:
     return timed(lambda: nerine.load(model, file, dtype=dtype))
 
 
-JOBS = ("load_file", "load and attach", "load and attach, as stored", "load_file, save_file", "convert", "convert to diffusers")
+JOBS = (
+    "load_file",
+    "load and attach",
+    "load and attach, as stored",
+    "load_file, save_file",
+    "convert",
+    "convert to diffusers",
+)
 
 
 def measure(file: Path, out: Path, rounds: int) -> dict[str, dict[str, float]]:

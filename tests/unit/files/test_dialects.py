@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import nerine
 from nerine import DoRA, FormatError, LoRA
 from nerine.files.dialects import DIALECTS
+from nerine.files.store import open_file
 from nerine.tools import convert, embeddings
 
 pytestmark = pytest.mark.no_device_guard
@@ -150,6 +151,24 @@ def test_alpha(case: str, stem: str, write: Write) -> None:
     alpha, scale = ALPHAS[case]
     delta, _ = moved(write(lora(stem, alpha=alpha)))
     assert torch.allclose(delta, scale * DELTA, atol=1e-6)
+
+
+def test_a_negative_alpha_turns_the_adapter_round_and_is_kept(write: Write, tmp_path: Path) -> None:
+    path = write(lora(f"lora_unet_{FLAT}", alpha=torch.tensor(-1.0)))
+    assert torch.allclose(moved(path)[0], -0.5 * DELTA, atol=1e-6)
+    convert(path, tmp_path / "b.safetensors", dialect="kohya")
+    assert torch.allclose(moved(tmp_path / "b.safetensors")[0], -0.5 * DELTA, atol=1e-6)
+
+
+def test_what_a_kohya_file_says_of_itself(tmp_path: Path) -> None:
+    network = nerine.attach(Model(), DoRA(LoRA(rank=2, alpha=1)), targets=["to_q", "to_out"])
+    nerine.save(network, tmp_path / "a.safetensors", dialect="kohya", metadata={"ss_output_name": "cat"}, hashes=True)
+    with open_file(tmp_path / "a.safetensors") as source:
+        told = source.metadata
+    assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_output_name"]) == ("2", "1.0", "cat")
+    assert "dora_wd" in told["ss_network_args"]
+    assert len(told["sshs_model_hash"]) == 64
+    assert told["sshs_model_hash"] != "0" * 64
 
 
 def test_the_alpha_of_hcp_is_a_scale(write: Write) -> None:

@@ -45,7 +45,8 @@ class Kohya(Dialect):
         return "diffusers" if family == "unet" else "native"
 
     def beside(self, records: Mapping[str, Record]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        return {}, kohya_metadata({stem: _as_it_is(record) for stem, record in records.items()})
+        found = {stem: _as_it_is(record) for stem, record in records.items() if record.params.scale > 0}
+        return {}, kohya_metadata(found)
 
     def translate(self, stem: Stem, pieces: dict[str, Piece], source: Source) -> dict[str, Piece]:
         if not stem.text.startswith("oft_unet_") or "oft_blocks" not in pieces or ALPHA not in pieces:

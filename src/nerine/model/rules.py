@@ -1,4 +1,4 @@
-"""Rule: what the layers that match get. The unit in which a choice of adapters is written down, in code or in a file."""
+"""Rule: what the layers that match get, the unit in which a choice of adapters is written down in code or in a file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Rule"]
 class Rule:
     """What the layers that `match` get; the first rule that matches a layer wins, and `algorithm=None` skips it.
 
-    `match` is a pattern (see `nerine.model.patterns`), a preset, a class, or a predicate of path and module. A parameter that stands alone (the
-    experts of a mixture, say) is matched by a pattern that ends in its name. `lr` is their own learning rate for
-    `Network.param_groups`, `strength` what they start with. With `rows=(start, stop)` the adapter acts on those outputs
-    alone, as on the queries of a fused projection; several such rules may match one layer.
+    `match` is a pattern (see `nerine.model.patterns`), a preset, a class, or a predicate of path and module. A
+    parameter that stands alone (the experts of a mixture, say) is matched by a pattern that ends in its name. `lr` is
+    their own learning rate for `Network.param_groups`, `strength` what they start with. With `rows=(start, stop)` the
+    adapter acts on those outputs alone, as on the queries of a fused projection; several such rules may match one layer.
     """
 
     match: Match

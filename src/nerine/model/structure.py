@@ -39,7 +39,8 @@ class _Node:
 
     @cached_property
     def is_list(self) -> bool:
-        return isinstance(self.module, _LISTS)
+        numbered = isinstance(self.module, nn.ModuleDict) and all(map(str.isdecimal, self.module))
+        return numbered or isinstance(self.module, _LISTS)
 
     @cached_property
     def is_composite(self) -> bool:
@@ -166,11 +167,13 @@ class Structure:
         return all(any(self._says(n, "attention", part) for n in names) for part in ("query", "key", "value"))
 
     def _is_hint(self, node: _Node) -> bool:
-        """Whether it normalises queries or keys, which only an attention does, whatever its layers are called."""
-        return not node.weights and any(
-            len(set(_words(name)) & {"q", "k", "query", "key", "qk"}) > 0 and "norm" in name.lower()
-            for name in node.module._modules
-        )
+        """Whether it normalises queries or keys, or holds parameters that make them: an attention whatever its layers are
+        called."""
+        parts = [child.name for child in node.below if not child.weights]
+        if any("norm" in name.lower() and self._says(name, "attention", "normalised") for name in parts):
+            return True
+        own = [n for n, p in node.module._parameters.items() if p is not None and p.dim() > 1 and not node.is_layer]
+        return all(any(self._says(n, "attention", part) for n in own) for part in ("query", "key", "value"))
 
     def _read_attention(self, block: _Node) -> None:
         for node in block.walk():

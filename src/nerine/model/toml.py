@@ -23,9 +23,10 @@ def parse(text: str, where: str) -> dict[str, Any]:
         OptionError: it is not TOML.
     """
     try:
-        return tomllib.loads(text)
+        data: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"{where}: not valid TOML: {error}") from error
+    return data
 
 
 def check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> None:

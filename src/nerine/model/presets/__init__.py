@@ -199,7 +199,7 @@ def _parts(model: nn.Module) -> dict[str, str]:
 def _kind(candidate: Candidate) -> str:
     if candidate.layer_kind == "linear":
         return "linear"
-    return "conv" if any(k > 1 for k in candidate.holder.kernel_size) else "pointwise"  # type: ignore[union-attr,operator]
+    return "conv" if any(k > 1 for k in candidate.holder.kernel_size) else "pointwise"  # type: ignore[union-attr]
 
 
 def _nothing(model: nn.Module, preset: Preset, parts: Mapping[str, str], component: str) -> str:

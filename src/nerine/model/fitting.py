@@ -57,7 +57,7 @@ def attach(
     model: nn.Module,
     what: Algorithm | Sequence[Rule],
     *,
-    targets: Targets = "full",
+    targets: Targets = "all",
     train_norm: bool = False,
     name: str = "default",
     own: bool = True,

@@ -1,0 +1,1 @@
+"""LyCORIS's names, for programs that embed it: `nerine.lycoris` shows them."""

@@ -119,7 +119,9 @@ class Loop:
         """What the pair computes of a fixed input, in fp32."""
         generator = torch.Generator().manual_seed(3)
         ids = torch.randint(0, 90, (1, 77), generator=generator)
-        unet, encoder = (extract_model_from_parallel(m, keep_fp32_wrapper=False) for m in (unet, encoder))  # no autocast
+        unet, encoder = (
+            extract_model_from_parallel(m, keep_fp32_wrapper=False) for m in (unet, encoder)
+        )  # no autocast
         x, time_step = torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([400])
         unet.eval(), encoder.eval()
         with torch.no_grad():
@@ -189,7 +191,7 @@ def main() -> int:
                 bad = {w: d for w, d in row.items() if w in _COMPARED and not d <= limit(variant, w)}
                 bad |= {"moved": row["moved"]} if not row["moved"] > 1e-4 else {}
                 row |= {"bad": bad}
-            except Exception as error:  # noqa: BLE001 (a case that fails is a row)
+            except Exception as error:
                 row = {"bad": {"error": f"{type(error).__name__}: {error}"}, "trace": traceback.format_exc()}
             failed += bool(row["bad"])
             shown = {key: f"{v:.1e}" if isinstance(v, float) else v for key, v in row.items() if key != "trace"}

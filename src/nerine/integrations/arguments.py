@@ -136,7 +136,7 @@ def as_pairs(name: str, value: Any) -> dict[str, float] | None:
 
 
 def _pairs(name: str, text: str) -> list[tuple[str, str]]:
-    """(key, value); a key may hold commas, as in the regular expression "a{1,2}", but no "=". """
+    """(key, value); a key may hold commas, as in the regular expression "a{1,2}", but no "="."""
     found, waiting = [], ""
     for part in text.split(","):
         waiting = f"{waiting},{part}" if waiting else part

@@ -94,7 +94,9 @@ ARGUMENTS: Mapping[str, Reader] = {
     **_several(_blocks, "train_double_block_indices", "train_single_block_indices", "train_block_indices"),
     **_several(_unavailable, "ggpo_beta", "ggpo_sigma"),
     # SD3
-    **_several(as_int, "context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim"),
+    **_several(
+        as_int, "context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim"
+    ),
     # Lumina
     **_several(as_int, "attn_dim", "mlp_dim", "mod_dim", "refiner_dim"),
 }

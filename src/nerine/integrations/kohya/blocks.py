@@ -41,8 +41,8 @@ class Blocks:
         if found is None:
             return -1
         side, outer, kind, inner = found.groups()
-        number = 3 * int(outer) + (2 if kind.endswith("samplers") else int(inner))
-        return 1 + number if side == "down" else 13 + number
+        place = 3 * int(outer) + (2 if kind.endswith("samplers") else int(inner))
+        return 1 + place if side == "down" else 13 + place
 
     def listed(self, name: str, values: Sequence[Any] | None) -> Sequence[Any] | None:
         """One value a block.
@@ -92,7 +92,9 @@ def _curve(name: str, text: str, count: int) -> list[float]:
     except ValueError:
         base = math.nan
     if curve not in _CURVES or math.isnan(base):
-        raise OptionError(f"{name}: expected numbers or a curve such as sine+0.25, got {text!r}. {nearest(curve, _CURVES)}")
+        raise OptionError(
+            f"{name}: expected numbers or a curve such as sine+0.25, got {text!r}. {nearest(curve, _CURVES)}"
+        )
     steps = [i / (count - 1) for i in range(count)]
     values = {
         "sine": [math.sin(math.pi * step / 2) for step in steps],

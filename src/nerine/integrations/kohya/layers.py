@@ -1,10 +1,11 @@
 """Which layers of a model get what: the preset chooses, and sd-scripts' own arguments change ranks, rates and choice.
 
-Names that sd-scripts looks for in its arguments are those of the layers in files ("lora_unet_double_blocks_0_img_attn_qkv").
+Names that sd-scripts looks for in its arguments are those of layers in files ("lora_unet_double_blocks_0_img_mlp_0").
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -172,9 +173,7 @@ def _ranked(choice: Choice, given: Mapping[str, Any]) -> Choice:
     return choice
 
 
-def _by_block(
-    part: Part, chosen: list[Choice], given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> list[Choice]:
+def _by_block(part: Part, chosen: list[Choice], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Choice]:
     """Ranks, alphas and rates by the blocks of SD's UNets."""
     if all(given.get(name) is None for name in _BY_BLOCK):
         return chosen
@@ -187,7 +186,10 @@ def _by_block(
     kinds = {"block": ("block_dims", "block_alphas"), "conv": ("conv_block_dims", "conv_block_alphas")}
     lists = {kind: [blocks.listed(name, given.get(name)) for name in names] for kind, names in kinds.items()}
     layers = dict(_layers(part.model))
-    return [_in_block(choice, blocks.of(choice.path), layers.get(choice.path), lists, weights, defaults) for choice in chosen]
+    return [
+        _in_block(choice, blocks.of(choice.path), layers.get(choice.path), lists, weights, defaults)
+        for choice in chosen
+    ]
 
 
 _BY_BLOCK = (
@@ -256,7 +258,5 @@ def _split(model: nn.Module, choice: Choice) -> Choice:
     ends = [0, width, 2 * width, 3 * width, out]
     if out < 3 * width:  # fewer keys and values than queries
         ends = [0, width, (out + width) // 2, out]
-    rows = tuple((start, stop) for start, stop in zip(ends, ends[1:], strict=False) if stop > start)
+    rows = tuple((start, stop) for start, stop in itertools.pairwise(ends) if stop > start)
     return replace(choice, rows=rows)
-
-

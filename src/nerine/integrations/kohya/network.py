@@ -63,7 +63,7 @@ class KohyaNetwork(LycorisNetwork):
         self.train_t5xxl = bool(given.get("train_t5xxl"))
         self.train_llm_adapter = bool(given.get("train_llm_adapter"))
         self.lora_dim, self.alpha = defaults.dim, defaults.alpha
-        self.conv_lora_dim, self.conv_alpha = defaults.conv_dim, defaults.conv_alpha  # type: ignore[assignment]
+        self.conv_lora_dim, self.conv_alpha = defaults.conv_dim, defaults.conv_alpha
         choices: list[tuple[Part, Choice]] = []
         for part in self.parts:
             if part.number and not self.train_t5xxl and is_t5(part.model):
@@ -154,7 +154,7 @@ class KohyaNetwork(LycorisNetwork):
     def prepare_network(self, args: Any) -> None:
         """Asked before `apply_to`; there is nothing to prepare."""
 
-    def apply_to(  # type: ignore[override]
+    def apply_to(
         self, text_encoder: Any = None, unet: Any = None, apply_text_encoder: bool = True, apply_unet: bool = True
     ) -> None:
         """Put the adapters on their layers, of text encoders and denoiser as asked; the others are dropped."""
@@ -248,9 +248,8 @@ class KohyaNetwork(LycorisNetwork):
 
     def restore_weights(self) -> None:
         """Give the weights their bits back, where `pre_calculation` changed them."""
-        network = self.__dict__["network"]
-        if network is not None and network.is_merged:
-            network.unmerge()
+        if self.network is not None and self.network.is_merged:
+            self.network.unmerge()
 
     def pre_calculation(self) -> None:
         """Put the adapters into the weights at the network's multiplier until `restore_weights`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from nerine.errors import OptionError, TargetError, nearest
 from nerine.integrations.kohya.layers import Choice
@@ -14,9 +17,12 @@ from nerine.integrations.lycoris.presets import PresetConfig, list_builtin_prese
 from nerine.integrations.lycoris.selection import selected
 from nerine.integrations.lycoris.wrapper import named_preset
 from nerine.model.layer import layer_kind
-from nerine.model.presets import PRESETS, select
+from nerine.model.presets import PRESETS, preset_of
+from nerine.model.presets import choose as by_structure
 
 __all__ = ["choose", "enables_conv"]
+
+_ADAPTER = "llm_adapter"  # of Anima, which train_llm_adapter asks for
 
 
 def choose(part: Part, preset: Any, given: Mapping[str, Any]) -> list[Choice]:
@@ -33,29 +39,29 @@ def choose(part: Part, preset: Any, given: Mapping[str, Any]) -> list[Choice]:
 
 
 def _by_structure(part: Part, preset: str, given: Mapping[str, Any]) -> list[Choice]:
-    try:
-        paths = select(part.model, preset, "text_encoder" if part.number else "denoiser")
-    except TargetError:
-        paths = ()
-    if not given.get("train_llm_adapter"):
-        paths = tuple(path for path in paths if not path.startswith("llm_adapter."))
-    found = [Choice(path, part.lora_name(path), _own_options(path, preset)) for path in paths]
+    component = "text_encoder" if part.number else "denoiser"
+    where = {"": part.model}
+    adapter = getattr(part.model, _ADAPTER, None)
+    if given.get("train_llm_adapter") and isinstance(adapter, nn.Module):
+        where[f"{_ADAPTER}."] = adapter
+    found: list[Choice] = []
+    for lead, model in where.items():
+        with suppress(TargetError):  # the other parts may have some
+            chosen = by_structure(model, preset_of(preset), component)
+            found += [_choice(part, lead + path, path in chosen.on_input) for path in chosen.paths]
     if given.get("train_norm") and part.number == 0:
-        found += _norms(part, paths)
+        found += _norms(part, [choice.path for choice in found])
     order = {path: i for i, (path, _) in enumerate(part.model.named_modules())}
     return sorted(found, key=lambda choice: order.get(choice.path, len(order)))
 
 
-def _own_options(path: str, preset: str) -> dict[str, Any]:
-    """What a layer has of its own: (IA)³ acts on the inputs of feed-forward layers."""
-    name = path.rpartition(".")[2]
-    is_value = any(word in name for word in ("k", "v")) and any(word in path for word in ("attn", "attention", "Attention"))
-    return {"train_on_input": True} if preset == "ia3" and not is_value else {}
+def _choice(part: Part, path: str, on_input: bool) -> Choice:
+    return Choice(path, part.lora_name(path), {"train_on_input": True} if on_input else {})
 
 
-def _norms(part: Part, paths: tuple[str, ...]) -> list[Choice]:
+def _norms(part: Part, paths: Sequence[str]) -> list[Choice]:
     """The norms beside the chosen layers, in modules that stand in a numbered block."""
-    above = {path[: i] for path in paths for i, letter in enumerate(path) if letter == "."}
+    above = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "."}
     found = []
     for path, module in part.model.named_modules():
         parent = path.rpartition(".")[0]

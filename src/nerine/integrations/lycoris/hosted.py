@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nerine.algorithms import Params
 from nerine.axes import Layout
 from nerine.errors import ShapeError
-from nerine.files.dialects.base import canonical, rank_of
 from nerine.files.checkpoint import Record
+from nerine.files.dialects.base import canonical, rank_of
 from nerine.files.pieces import ALPHA
 from nerine.model.adapter import Adapter, check_strength
 from nerine.model.attach import take_off
@@ -35,7 +35,9 @@ Pair = tuple[Tensor, Tensor | None]
 
 def free_name(model: nn.Module, stem: str) -> str:
     """A name that no adapter of `model` has: `stem`, or `stem` with a number."""
-    taken = {name for holder in model.modules() for mount in mounts_of(holder) for name, _ in adapters_of(holder, mount)}
+    taken = {
+        name for holder in model.modules() for mount in mounts_of(holder) for name, _ in adapters_of(holder, mount)
+    }
     number = 1
     while (found := stem if number == 1 else f"{stem}_{number}") in taken:
         number += 1
@@ -210,7 +212,9 @@ class Hosted(nn.Module):
         change, shift = self.get_diff_weight(multiplier, None, None)
         bias = bias_at(self.spot.holder, self.spot)
         moved = bias if shift is None or bias is None else wide(bias.detach()) + shift
-        return _shaped(wide(self._original().detach()) + change, shape, device), None if moved is None else moved.to(device)
+        return _shaped(wide(self._original().detach()) + change, shape, device), None if moved is None else moved.to(
+            device
+        )
 
     def bypass_forward_diff(self, x: Tensor, scale: float = 1) -> Tensor:
         """scale·(what it adds to the layer's output for the input `x`)."""
@@ -288,7 +292,14 @@ def _speak(module: Hosted, state: dict[str, Any], prefix: str, meta: Any) -> Non
 
 
 def _listen(
-    module: Hosted, state: dict[str, Any], prefix: str, meta: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    module: Hosted,
+    state: dict[str, Any],
+    prefix: str,
+    meta: Any,
+    strict: bool,
+    missing: Any,
+    unexpected: Any,
+    errors: Any,
 ) -> None:
     """Take LyCORIS's keys for the tensors of a module; what is of another shape is left for torch to complain of."""
     adapter, layout = module.adapter, module.layout
@@ -313,4 +324,4 @@ def _listen(
         tensors = dict(p.tensors)
     state.update({f"{prefix}adapter.{name}": t for name, t in tensors.items()})
     if "scalar" in adapter.names and tensors:
-        state[f"{prefix}adapter.scalar"] = torch.ones_like(adapter.scalar)  # it is in its carrier
+        state[f"{prefix}adapter.scalar"] = torch.ones_like(getattr(adapter, "scalar"))  # noqa: B009 (it is in its carrier)

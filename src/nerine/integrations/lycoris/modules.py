@@ -51,7 +51,9 @@ def layer_of(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
-def new_adapter(spot: Spot, options: Mapping[str, Any], context: Context | None = None, strength: float = 1.0) -> Adapter:
+def new_adapter(
+    spot: Spot, options: Mapping[str, Any], context: Context | None = None, strength: float = 1.0
+) -> Adapter:
     """A fresh adapter for a weight from parsed options; at first it changes nothing.
 
     Raises:
@@ -302,8 +304,8 @@ class TLoraModule(LycorisBaseModule):
 
     def orthogonality_regularization(self) -> tuple[Tensor, Tensor]:
         """(|PᵀP - 1|², |QQᵀ - 1|²), to be added to the loss."""
-        p, q = self.adapter.p.flatten(1), self.adapter.q.flatten(1)
-        return tuple(_far_from_one(rows) for rows in (p.mT, q))  # type: ignore[return-value]
+        t = self.adapter.params().tensors
+        return _far_from_one(t["p"].flatten(1).mT), _far_from_one(t["q"].flatten(1))
 
 
 def _far_from_one(rows: Tensor) -> Tensor:
@@ -361,4 +363,3 @@ def make_module(
     if lyco_type is None:
         return None
     return lyco_type.make_module_from_state_dict(lora_name, orig_module, *params)
-

@@ -31,7 +31,17 @@ from nerine.integrations.arguments import Reader, as_bool, as_float, as_int, as_
 from nerine.ops.kron import factorize
 from nerine.site import Site
 
-__all__ = ["ALGORITHMS", "DEPRECATED", "LAYER_NAMES", "LAYER_OPTIONS", "algorithm_for", "ignores", "layer_options", "logger", "noise_of"]
+__all__ = [
+    "ALGORITHMS",
+    "DEPRECATED",
+    "LAYER_NAMES",
+    "LAYER_OPTIONS",
+    "algorithm_for",
+    "ignores",
+    "layer_options",
+    "logger",
+    "noise_of",
+]
 
 logger = logging.getLogger("nerine")
 
@@ -136,7 +146,7 @@ def _plain(name: str, options: Mapping[str, Any], site: Site) -> Algorithm:
         "tucker": bool(options.get("use_tucker")),
         "scalar": bool(options.get("use_scalar")),
     }
-    turned = {"constraint": options.get("constraint") or 0.0, "rescale": bool(options.get("rescaled"))}
+    turned: dict[str, Any] = {"constraint": options.get("constraint") or 0.0, "rescale": bool(options.get("rescaled"))}
     if name in ("lora", "locon"):
         return LoRA(**shaped)
     if name == "loha":

@@ -24,7 +24,7 @@ from nerine.files.atomic import replacing
 from nerine.files.folder import open_adapter
 from nerine.files.reports import LoadReport
 from nerine.files.store import Source
-from nerine.integrations.arguments import as_bool, as_float, as_int, as_text, parse, renamed
+from nerine.integrations.arguments import as_bool, as_float, as_int, parse, renamed
 from nerine.integrations.lycoris.building import Defaults, Wish, build, overrides
 from nerine.integrations.lycoris.hosted import Hosted, free_name, strengths
 from nerine.integrations.lycoris.modules import hosted_of
@@ -113,7 +113,9 @@ def create_lycoris_from_weights(
     return network, tensors
 
 
-def parse_arguments(kwargs: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
+def parse_arguments(
+    kwargs: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Any]:
     """The parsed arguments, and the preset apart."""
     values = dict(kwargs)
     if as_bool("disable_conv_cp", values.pop("disable_conv_cp", False)):
@@ -153,8 +155,12 @@ def defaults_of(given: Mapping[str, Any], dim: int, alpha: float | None, conv: b
     options = {key: value for key, value in given.items() if key in LAYER_OPTIONS}
     alpha = None if alpha is None else float(alpha)
     if given.get("conv_dim") == 0:
-        logger.warning("conv_dim=0 means the rank of linear layers, as in LyCORIS; preset=full-lin leaves convolutions out")
-    return Defaults(dim, alpha, (given.get("conv_dim") or dim) if conv else 0, given.get("conv_alpha") or alpha, options)
+        logger.warning(
+            "conv_dim=0 means the rank of linear layers, as in LyCORIS; preset=full-lin leaves convolutions out"
+        )
+    return Defaults(
+        dim, alpha, (given.get("conv_dim") or dim) if conv else 0, given.get("conv_alpha") or alpha, options
+    )
 
 
 def source_of(file: Any, tensors: Mapping[str, Tensor] | None) -> Any:
@@ -207,6 +213,13 @@ class LycorisNetwork(nn.Module):
     }
 
     loras: list[Hosted]
+    skipped: Mapping[str, str]
+    algo_table: dict[str, int]
+    report: LoadReport | None
+    context: Context
+    network: Network | None
+    alpha: float | None
+    conv_alpha: float | None
 
     @classmethod
     def apply_preset(cls, preset: Mapping[str, Any] | PresetConfig) -> type[LycorisNetwork]:
@@ -246,9 +259,10 @@ class LycorisNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self._begin(module, multiplier)
-        self.lora_dim, self.alpha = (0, 1) if init_only else (lora_dim, alpha)
+        self.lora_dim = 0 if init_only else lora_dim
+        self.alpha = 1 if init_only else alpha
         self.conv_lora_dim = 0 if init_only or not self.ENABLE_CONV else int(conv_lora_dim)
-        self.conv_alpha = 1.0 if conv_alpha is None else float(conv_alpha)
+        self.conv_alpha = None if conv_alpha is None else float(conv_alpha)
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.use_tucker = use_tucker
         self.train_llm_adapter = train_llm_adapter
@@ -271,7 +285,8 @@ class LycorisNetwork(nn.Module):
             for path, given in chosen.items()
         ]
         built = build(module, wishes, defaults, multiplier, self.context)
-        self.loras, self.skipped = list(built.modules), built.skipped
+        self.loras = list(built.modules)
+        self.skipped = built.skipped
         self.count()
         if not self.loras:
             raise TargetError(_nothing(module, self))
@@ -279,13 +294,12 @@ class LycorisNetwork(nn.Module):
     def _begin(self, model: nn.Module, multiplier: float) -> None:
         self.multiplier = multiplier
         self.loras = []
-        self.skipped: Mapping[str, str] = {}
-        self.algo_table: dict[str, int] = {}
-        self.report: LoadReport | None = None
-        self.weights_sd: Mapping[str, Tensor] | None = None
+        self.skipped = {}
+        self.algo_table = {}
+        self.report = None
         self.__dict__["model"] = model  # not registered: it is the host's
-        self.__dict__["context"] = Context(model=weakref.ref(model))
-        self.__dict__["network"] = None  # the handle, once the adapters are on
+        self.context = Context(model=weakref.ref(model))
+        self.network = None  # the handle, once the adapters are on
         self._precise = 0.0
 
     def preset(self) -> dict[str, Any]:
@@ -328,23 +342,22 @@ class LycorisNetwork(nn.Module):
                 self.add_module(lora.lora_name, lora)
 
     def _put_on(self, loras: Sequence[Hosted]) -> None:
-        if self.__dict__["network"] is not None:
+        if self.network is not None:
             return
         model: nn.Module = self.__dict__["model"]
         name = free_name(model, "lycoris")
         check_name(model, name)
         ready = [(lora.spot, lora.adapter) for lora in loras]
-        self.__dict__["network"], _ = put_in(model, ready, name, own=False, freeze=False)
+        self.network, _ = put_in(model, ready, name, own=False, freeze=False)
         for lora in loras:
             lora.__dict__["applied_as"] = name
             lora.train(self.training)
 
     def restore(self) -> None:
         """Take them off; the model is bitwise what it was (but for what was merged for good)."""
-        network: Network | None = self.__dict__["network"]
-        if network is not None:
-            network.detach()
-        self.__dict__["network"] = None
+        if self.network is not None:
+            self.network.detach()
+        self.network = None
         for lora in self.loras:
             lora.__dict__["applied_as"] = ""
 
@@ -368,9 +381,9 @@ class LycorisNetwork(nn.Module):
         Raises:
             MergeError: a weight cannot take it. The weights are then as they were.
         """
-        was_on = self.__dict__["network"] is not None
+        was_on = self.network is not None
         self._put_on(self.loras)
-        network: Network = self.__dict__["network"]
+        network = self._handle("merge")
         if not precise:
             with strengths(self.loras, weight):
                 network.merge(keep_original=False)
@@ -404,10 +417,9 @@ class LycorisNetwork(nn.Module):
             self.restore()
 
     def _handle(self, doing: str) -> Network:
-        network: Network | None = self.__dict__["network"]
-        if network is None:
+        if self.network is None:
             raise MergeError(f"the adapters are not on the model: apply_to comes first, then {doing}")
-        return network
+        return self.network
 
     # -- training ------------------------------------------------------------------------------------------------
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
@@ -450,9 +462,8 @@ class LycorisNetwork(nn.Module):
 
     def _take(self, source: Source) -> dict[str, list[str]]:
         self.report, found = read_params({m.spot.path: (m.spot, m.adapter) for m in self.loras}, source, Choice())
-        network: Network | None = self.__dict__["network"]
-        if network is not None:
-            network.not_merged("load tensors")
+        if self.network is not None:
+            self.network.not_merged("load tensors")
         by_path = {lora.spot.path: lora for lora in self.loras}
         for path, params in found.items():
             by_path[path].adapter.take(params)

@@ -1,4 +1,4 @@
-"""The tables of docs/targets.md, worked out from the code: how many layers each preset chooses in each family of models.
+"""The tables of docs/targets.md, worked out from the code: how many layers each preset chooses in which model.
 
 cd tests && PYTHONPATH=. python -m targets_tables    writes them into the document
 """

@@ -46,7 +46,7 @@ class _Node:
     def is_composite(self) -> bool:
         """Whether it is more than a layer or a row of layers."""
         if self.is_layer or not self.weights:
-            return False
+            return isinstance(self.module, nn.MultiheadAttention)
         return not self.is_list or any(child.is_composite for child in self.below)
 
     @cached_property

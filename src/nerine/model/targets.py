@@ -21,9 +21,10 @@ from nerine.model.presets import PRESETS, choose, is_preset, preset_of, why_noth
 from nerine.model.rules import Rule
 from nerine.model.rules_file import read_rules
 
-__all__ = ["PRESETS", "Match", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches", "spot_at"]
+__all__ = ["PRESETS", "Match", "Rule", "Target", "Targets", "What", "every_spot", "find_targets", "matches", "spot_at"]
 
 Targets = Match | Sequence[Match]
+What = Algorithm | Sequence[Rule] | str | os.PathLike[str]
 
 
 def _of_kind(*kinds: str) -> Predicate:
@@ -41,7 +42,7 @@ class Target:
     algorithm: Algorithm
 
 
-def _as_rules(what: Algorithm | Sequence[Rule] | str | os.PathLike[str]) -> list[Rule]:
+def _as_rules(what: What) -> list[Rule]:
     if isinstance(what, Algorithm):
         return [Rule(lambda path, module: True, what)]
     if isinstance(what, os.PathLike) or (isinstance(what, str) and what.endswith(".toml")):
@@ -117,16 +118,13 @@ class _Question:
 
 
 def find_targets(
-    model: nn.Module,
-    what: Algorithm | Sequence[Rule] | str | os.PathLike[str],
-    targets: Targets,
-    train_norm: bool = False,
+    model: nn.Module, what: What, targets: Targets, train_norm: bool = False
 ) -> tuple[list[Target], dict[str, str]]:
     """The weights to adapt, in the order of the model, and those left out with the reason.
 
     Raises:
         TargetError: nothing is left, or two chosen layers share one weight.
-        OptionError: `what` is neither an algorithm nor rules.
+        OptionError: `what` is neither an algorithm nor rules, or targets are no such.
     """
     rules = _as_rules(what)
     question = _Question(model, _as_matches(targets), rules)
@@ -187,9 +185,8 @@ def _nothing_matched(
     if skipped:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:5])
         return f"every layer of {name} that the targets match was left out. {reasons}"
-    empty = [name for name in question.wanted if isinstance(name, str) and not question.paths.get(name, "pattern")]
-    if question.only_presets and empty:
-        return why_nothing(model, question.presets[empty[0]])
+    if question.only_presets and not any(question.paths.values()):
+        return why_nothing(model, next(iter(question.presets.values())))
     patterns = question.patterns
     names = {part for c in candidates for part in c.path.split(".") if not part.isdigit()}
     shown = ", ".join(f"{c.path} ({c.kind})" for c in candidates[:6])

@@ -101,7 +101,7 @@ def tucker_weight(wa: Tensor, wb: Tensor, t: Tensor) -> Tensor:
 
 
 def tucker_weight_from_conv(up: Tensor, down: Tensor, mid: Tensor) -> Tensor:
-    """The kernel of three convolutions: `down` `[q, in, 1, ...]`, then `mid` `[p, q, *k]`, then `up` `[out, p, 1, ...]`."""
+    """The kernel of three convolutions: `down` `[q, in, 1, ...]`, `mid` `[p, q, *k]` and `up` `[out, p, 1, ...]`."""
     return tucker(mid, up.flatten(1), down.flatten(1))
 
 

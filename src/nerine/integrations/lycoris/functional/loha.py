@@ -53,11 +53,11 @@ def _params(weights: tuple[Tensor | None, ...], gamma: Any) -> tuple[Params, tup
     *four, t1, t2 = named(weights, "w1d", "w1u", "w2d", "w2u", "t1", "t2")
     w1d, w1u, w2d, w2u = (required(t, name) for t, name in zip(four, ("w1d", "w1u", "w2d", "w2u"), strict=True))
     if t1 is not None and t2 is not None:
-        named = {"t1": t1, "w1_a": w1u * gamma, "w1_b": w1d, "t2": t2, "w2_a": w2u, "w2_b": w2d}
-        return Params(named), (w1u.shape[1], w1d.shape[1], *t1.shape[2:])
+        tensors = {"t1": t1, "w1_a": w1u * gamma, "w1_b": w1d, "t2": t2, "w2_a": w2u, "w2_b": w2d}
+        return Params(tensors), (w1u.shape[1], w1d.shape[1], *t1.shape[2:])
     shape = (w1u.shape[0], *w1d.shape[1:])
-    named = {"w1_a": w1u.flatten(1) * gamma, "w1_b": w1d.flatten(1), "w2_a": w2u.flatten(1), "w2_b": w2d.flatten(1)}
-    return Params(named), shape
+    tensors = {"w1_a": w1u.flatten(1) * gamma, "w1_b": w1d.flatten(1), "w2_a": w2u.flatten(1), "w2_b": w2d.flatten(1)}
+    return Params(tensors), shape
 
 
 def diff_weight(*weights: Tensor | None, gamma: Any = 1.0, backend: str | None = None) -> Tensor:

@@ -43,9 +43,9 @@ def weight_gen(
     """w1, w1a, w1b, w2, w2a, w2b and t for `org_weight` `[out, in, *k]`, with out = a·b and in = c·d.
 
     w1 is `[a, c]`, or w1a `[a, rank]` and w1b `[rank, c]`. w2 is `[b, d, *k]`, or w2a `[b, rank]` and w2b
-    `[rank, d, *k]`, or around a core t `[rank, rank, *k]` w2a `[rank, b]` and w2b `[rank, d]`. Parts are taken where the
-    rank is less than half the larger side, and of w1 only with `decompose_both`; `full_matrix` takes none. w2 or w2b is
-    zero.
+    `[rank, d, *k]`, or around a core t `[rank, rank, *k]` w2a `[rank, b]` and w2b `[rank, d]`. Parts are taken where
+    the rank is less than half the larger side, and of w1 only with `decompose_both`; `full_matrix` takes none. w2 or
+    w2b is zero.
     """
     out, inputs, *kernel = org_weight.shape
     (a, b), (c, d) = factorization(out, factor), factorization(inputs, factor)

@@ -23,7 +23,7 @@ from nerine.files.reading import read_checkpoint
 from nerine.files.reports import LoadReport, SaveReport
 from nerine.files.store import Outgoing, Source
 from nerine.files.writing import lay_out
-from nerine.model.adapter import Noise, check_strength
+from nerine.model.adapter import Adapter, Noise, check_strength
 from nerine.model.fitting import Fitting, check_name, fit_in
 from nerine.model.mount import Mount, Spot, bias_at, original_at, settle, weight_at
 from nerine.model.network import Network
@@ -104,14 +104,18 @@ def _layers(network: Network) -> dict[str, Layer]:
             raise DeviceError(
                 f"{mount.path}: the base is on meta, so its adapter has no values yet; load its weights first"
             )
-        original = original_at(holder, mount).detach()
-        with torch.no_grad():
-            p = adapter.folded()
-            if not adapter.site.experts:
-                p = adapter.algorithm.for_file(p.filled(t.to(original.device) for t in p.tensors.values()), original)
-        params = p.filled(t.detach() for t in p.tensors.values())
+        params = _for_file(adapter, original_at(holder, mount).detach())
         layers[mount.path] = of_record(Record(adapter.algorithm, adapter.site, params), _base(holder, mount, params))
     return layers
+
+
+def _for_file(adapter: Adapter, original: torch.Tensor) -> Params:
+    """The tensors of an adapter as a file has them; `original` is the weight under it."""
+    with torch.no_grad():
+        p = adapter.folded()
+        if not adapter.site.experts:
+            p = adapter.algorithm.for_file(p.filled(t.to(original.device) for t in p.tensors.values()), original)
+    return p.filled(t.detach() for t in p.tensors.values())
 
 
 def _base(holder: nn.Module, mount: Mount, params: Params) -> Base:
@@ -173,7 +177,7 @@ def load(
     """
     if dtype not in _DTYPES:
         raise OptionError(f"dtype must be torch.float32, float16, bfloat16, float64 or None, got {dtype!r}")
-    choice = _Choice(strict, dialect, component, allow_pickle, tuple(algorithms))
+    choice = Choice(strict, dialect, component, allow_pickle, tuple(algorithms))
     if isinstance(model, Network):
         return _resume(model, file, choice)
     if not isinstance(model, nn.Module):
@@ -189,31 +193,38 @@ def load(
 
 
 def _fittings(
-    model: nn.Module, file: str | os.PathLike[str], choice: _Choice, dtype: torch.dtype | None, strength: float
+    model: nn.Module, file: str | os.PathLike[str], choice: Choice, dtype: torch.dtype | None, strength: float
 ) -> tuple[LoadReport, list[Fitting]]:
     """The adapters of a file for the layers of `model`, in memory one after the other."""
-    fittings, notes = [], []
     with open_adapter(file, allow_pickle=choice.allow_pickle) as source:
-        spots = every_spot(model, _rows_in(source.keys))
-        checkpoint = _read(source, {path: spot.site for path, spot in spots.items()}, choice)
-        spots = {path: spot_at(spots, path) for path in checkpoint.layers}
-        check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
-        with present(model):
-            for path, layer in checkpoint.layers.items():
-                record, note = _completed(layer, spots[path], dtype)
-                notes += [f"{path}: {note}"] if note else []
-                fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=strength))
-    return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), fittings
+        return read_fittings(model, source, choice, dtype, strength)
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
     """How a file is to be read."""
 
-    strict: bool
-    dialect: str | None
-    component: str | None
-    allow_pickle: bool
-    algorithms: tuple[type[Algorithm], ...]
+    strict: bool = False
+    dialect: str | None = None
+    component: str | None = None
+    allow_pickle: bool = False
+    algorithms: tuple[type[Algorithm], ...] = ()
+
+
+def read_fittings(
+    model: nn.Module, source: Source, choice: Choice, dtype: torch.dtype | None = None, strength: float = 1.0
+) -> tuple[LoadReport, list[Fitting]]:
+    """The adapters of an open file for the layers of `model`, for programs that put them on themselves."""
+    fittings, notes = [], []
+    spots = every_spot(model, _rows_in(source.keys))
+    checkpoint = _read(source, {path: spot.site for path, spot in spots.items()}, choice)
+    spots = {path: spot_at(spots, path) for path in checkpoint.layers}
+    check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
+    with present(model):
+        for path, layer in checkpoint.layers.items():
+            record, note = _completed(layer, spots[path], dtype)
+            notes += [f"{path}: {note}"] if note else []
+            fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=strength))
+    return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), fittings
 
 
 def _rows_in(keys: Iterable[str]) -> list[tuple[int, int]]:
@@ -248,7 +259,7 @@ def _completed(layer: Layer, spot: Spot, kept: torch.dtype | None = None) -> tup
     return record, "; ".join(notes)
 
 
-def _read(source: Source, sites: Mapping[str, Site], choice: _Choice, wanted: Iterable[str] = ()) -> Checkpoint:
+def _read(source: Source, sites: Mapping[str, Site], choice: Choice, wanted: Iterable[str] = ()) -> Checkpoint:
     """The checkpoint of an open file; `wanted` layers that it lacks are reported as missing."""
     checkpoint = read_checkpoint(
         source, sites, dialect=choice.dialect, component=choice.component, others=choice.algorithms
@@ -266,25 +277,37 @@ def _read(source: Source, sites: Mapping[str, Site], choice: _Choice, wanted: It
     return replace(checkpoint, report=report)
 
 
-def _resume(network: Network, file: str | os.PathLike[str], choice: _Choice) -> Network:
+def _resume(network: Network, file: str | os.PathLike[str], choice: Choice) -> Network:
     if len(network.names) != 1:
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
-    placed = {mount.path: (holder, mount, adapter) for holder, mount, _, adapter in network.placed()}
-    sites = {path: adapter.site for path, (*_, adapter) in placed.items()}
-    found, notes = {}, []
-    with open_adapter(file, allow_pickle=choice.allow_pickle) as source:
-        checkpoint = _read(source, sites, choice, placed)
-        with present(network.model):
-            for path, layer in checkpoint.layers.items():
-                holder, mount, adapter = placed[path]
-                spot = Spot(path, holder, adapter.site, mount.attr, mount.rows)
-                record, note = _completed(layer, spot)
-                notes += [f"{path}: {note}"] if note else []
-                found[path] = adapter.algorithm.from_file(record.params)
-                adapter.check_same(record.algorithm, found[path])
+    placed = {
+        mount.path: (Spot(mount.path, holder, adapter.site, mount.attr, mount.rows), adapter)
+        for holder, mount, _, adapter in network.placed()
+    }
+    with open_adapter(file, allow_pickle=choice.allow_pickle) as source, present(network.model):
+        report, found = read_params(placed, source, choice)
     network.not_merged("load tensors")
     at_rest(network.model)
     for path, params in found.items():
-        placed[path][2].take(params)
-    network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))
+        placed[path][1].take(params)
+    network.report = report
     return network
+
+
+def read_params(
+    placed: Mapping[str, tuple[Spot, Adapter]], source: Source, choice: Choice
+) -> tuple[LoadReport, dict[str, Params]]:
+    """The tensors of an open file for adapters that exist, by path of their layers, for `Adapter.take`.
+
+    Raises:
+        ShapeError: one of them has other tensors, or another algorithm.
+    """
+    found, notes = {}, []
+    checkpoint = _read(source, {path: spot.site for path, (spot, _) in placed.items()}, choice, placed)
+    for path, layer in checkpoint.layers.items():
+        spot, adapter = placed[path]
+        record, note = _completed(layer, spot)
+        notes += [f"{path}: {note}"] if note else []
+        found[path] = adapter.algorithm.from_file(record.params)
+        adapter.check_same(record.algorithm, found[path])
+    return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), found

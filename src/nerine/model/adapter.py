@@ -52,10 +52,13 @@ class Noise:
 class Context:
     """What all adapters of a network share: the timesteps of the batch, 0-d or `[batch]`, and whose adapters they are.
 
-    `looks` counts how often the model was searched for engines that move its weights, when an adapter had moved.
+    `ranks` is a host's own say in which ranks take part, 1 or 0 each, `[rank]` or `[batch, rank]`; where it gives some
+    they count instead of the timesteps. `looks` counts how often the model was searched for engines that move its
+    weights, when an adapter had moved.
     """
 
     timestep: Tensor | None = None
+    ranks: Callable[[], Tensor | None] | None = None
     model: weakref.ref[nn.Module] | None = None
     looks: int = 0
 
@@ -329,22 +332,36 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Drawn:
         """The tensors for a call with the activation `x`: on its device, with scalar, time and chance in them."""
         p = self.ready(x.device)
-        if not self.training:
-            return Drawn(p)
-        p = self.algorithm.draw(p, lambda: torch.rand((), device=x.device))
-        if self.noise.rank_dropout:
-            p = self._gated(p, self._dropped(p))
-        if not self.has_gate or self.context.timestep is None:
-            return Drawn(p)
-        gate = self.algorithm.gate(p, self.context.timestep.to(x.device))
+        if self.training:
+            p = self.algorithm.draw(p, lambda: torch.rand((), device=x.device))
+            if self.noise.rank_dropout:
+                p = self._gated(p, self._dropped(p))
+        gate = self._gate(p, x.device) if self.has_gate else None
         if gate is None or gate.dim() > 1:
             return Drawn(p, gate)
         return Drawn(self._gated(p, gate))
 
+    def _gate(self, p: Params, device: torch.device) -> Tensor | None:
+        """The ranks that take part in this call, `[rank]` or `[batch, rank]`; None for all."""
+        told = self._told()
+        if told is not None:
+            name, axis = self.gates[0]
+            own = p.tensors[name].shape[axis]  # told may be of fewer or more ranks than this layer has
+            return nn.functional.pad(told, (0, own - told.shape[-1]), value=1.0).to(device)
+        time = self.context.timestep
+        return self.algorithm.gate(p, time.to(device)) if self.training and time is not None else None
+
+    def _told(self) -> Tensor | None:
+        """What a host says of the ranks; one row for the whole batch is a vector."""
+        told = self.context.ranks() if self.context.ranks is not None else None
+        return told[0] if told is not None and told.dim() > 1 and len(told) == 1 else told
+
     @property
     def is_per_sample(self) -> bool:
         """Whether the ranks that take part differ within a batch, so that no one weight stands for the adapter."""
-        time = self.context.timestep
+        told, time = self._told() if self.has_gate else None, self.context.timestep
+        if told is not None:
+            return told.dim() > 1
         return self.training and self.has_gate and time is not None and time.dim() > 0
 
     def _dropped(self, p: Params) -> Tensor:

@@ -20,10 +20,10 @@ from nerine.model.network import Network
 from nerine.model.offload import Groups, computes_on, present
 from nerine.model.reports import AttachReport
 from nerine.model.sharded import check_engines, made_alike
-from nerine.model.targets import Rule, Targets, find_targets
+from nerine.model.targets import Rule, Target, Targets, find_targets
 from nerine.ops.precision import full_precision
 
-__all__ = ["Fitting", "attach", "check_name", "fit_in"]
+__all__ = ["Fitting", "adapter_for", "attach", "check_name", "fit_in", "fresh", "put_in"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def attach(
     model: nn.Module,
     what: Algorithm | Sequence[Rule],
     *,
-    targets: Targets = "full",
+    targets: Targets = "all",
     train_norm: bool = False,
     name: str = "default",
     own: bool = True,
@@ -85,15 +85,8 @@ def attach(
     check_engines(model)
     chosen, skipped = find_targets(model, what, targets, train_norm)
     check_engines(model, [(t.spot.path, t.spot.holder) for t in chosen])
-    fittings = []
     with present(model):
-        for target in chosen:
-            spot, rule = target.spot, target.rule
-            weight = weight_at(spot.holder, spot).detach()
-            with full_precision(weight):
-                params = start(target.algorithm, spot.site, weight, generator)
-            params = params.filled(made_alike(spot.holder._parameters[spot.attr], params.tensors.values()))
-            fittings.append(Fitting(spot, target.algorithm, params, rule.lr, rule.strength))
+        fittings = [fresh(target, generator) for target in chosen]
     network, frozen = fit_in(model, fittings, name, own=own, freeze=freeze, noise=noise)
     notes = {t.algorithm.design(t.spot.site).note for t in chosen} - {""}
     notes |= _notes_on_places(network)
@@ -113,28 +106,44 @@ def attach(
     return network
 
 
+def fresh(target: Target, generator: torch.Generator | None = None) -> Fitting:
+    """A new adapter for a weight that a rule has chosen; at first it changes nothing."""
+    spot, rule = target.spot, target.rule
+    weight = weight_at(spot.holder, spot).detach()
+    with full_precision(weight):
+        params = start(target.algorithm, spot.site, weight, generator)
+    params = params.filled(made_alike(spot.holder._parameters[spot.attr], params.tensors.values()))
+    return Fitting(spot, target.algorithm, params, rule.lr, rule.strength)
+
+
+def adapter_for(fitting: Fitting, noise: Noise, context: Context, own: bool) -> Adapter:
+    """The adapter of a fitting, not on its layer yet."""
+    return Adapter(
+        fitting.algorithm,
+        fitting.spot.site,
+        fitting.params,
+        noise=noise,
+        context=context,
+        strength=fitting.strength,
+        lr=fitting.lr,
+        where=fitting.spot.path,
+        belongs=own,
+    )
+
+
 def fit_in(
     model: nn.Module, fittings: Sequence[Fitting], name: str, *, own: bool, freeze: bool, noise: Noise
 ) -> tuple[Network, int]:
     """Put the adapters on their layers and freeze the rest; returns the handle and how many parameters were frozen."""
-    context, groups = Context(model=weakref.ref(model)), Groups(model)
-    ready = [
-        (
-            f.spot,
-            Adapter(
-                f.algorithm,
-                f.spot.site,
-                f.params,
-                noise=noise,
-                context=context,
-                strength=f.strength,
-                lr=f.lr,
-                where=f.spot.path,
-                belongs=own,
-            ),
-        )
-        for f in fittings
-    ]
+    context = Context(model=weakref.ref(model))
+    return put_in(model, [(f.spot, adapter_for(f, noise, context, own)) for f in fittings], name, own, freeze)
+
+
+def put_in(
+    model: nn.Module, ready: Sequence[tuple[Spot, Adapter]], name: str, own: bool, freeze: bool
+) -> tuple[Network, int]:
+    """`fit_in` for adapters that are made already."""
+    groups = Groups(model)
     for spot, adapter in ready:
         if (
             adapter.algorithm.shift(adapter.params()) is not None

@@ -26,7 +26,7 @@ from nerine.ops.precision import compute_dtype, same_dtype
 from nerine.ops.recompute import contract
 from nerine.site import Site
 
-__all__ = ["adapted_forward"]
+__all__ = ["adapted_forward", "added"]
 
 
 def _active(holder: nn.Module, mount: Mount) -> list[Adapter]:
@@ -204,6 +204,13 @@ def _deviation(adapter: Adapter, now: Drawn, call: Call) -> Tensor:
     if shift is not None:
         d = d + same_dtype(call.site.over_channels(shift), d)
     return adapter.weighted(d)
+
+
+def added(holder: nn.Module, mount: Mount, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+    """What `adapter` adds to the output `y` of a layer for the input `x`, for hosts that do the adding themselves."""
+    weight = Weight(holder, mount, x.device)
+    with weight.unkept():
+        return _deviation(adapter, adapter(x), Call(mount.site, x, y, bias_at(holder, mount), weight))
 
 
 def _on_mesh(

@@ -79,7 +79,7 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, what: Algorithm | Sequence[Rule], *, targets: Targets = "full", train_norm: bool = False
+    model: nn.Module, what: Algorithm | Sequence[Rule], *, targets: Targets = "all", train_norm: bool = False
 ) -> Plan:
     """What `attach` with the same arguments would do, layer by layer; the model is not touched.
 

@@ -1,77 +1,34 @@
-"""Which layers get what: rules, patterns and presets, all read against the paths and classes of a model.
+"""Which layers get what: rules and targets, read against the paths and classes of a model.
 
-A pattern is a piece of a layer's path. "to_q", "attn1.to_q" and "mid_block" match every layer at or below a module
-so named; `*` and `?` stand for letters within one name; "re:..." is a regular expression for the whole path.
+How layers are named in them is written in `nerine.model.patterns`, what a preset means in `nerine.model.presets`.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 
-from nerine.algorithms import Algorithm, Norm
+from nerine.algorithms import IA3, Algorithm, Norm
 from nerine.errors import OptionError, TargetError, UnsupportedBase, nearest
-from nerine.model.adapter import check_strength
-from nerine.model.layer import is_layer, kind_of, layer_kind, parameter_site, projections, site_of
+from nerine.model.candidates import Candidate, candidates_of, every_spot, spot_at
+from nerine.model.layer import layer_kind
 from nerine.model.mount import Spot
-from nerine.site import Site
+from nerine.model.patterns import Match, Predicate, is_explicit, lineage, matches
+from nerine.model.presets import PRESETS, choose, is_preset, preset_of
+from nerine.model.rules import Rule
+from nerine.model.rules_file import read_rules
 
-__all__ = ["PRESETS", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches", "spot_at"]
+__all__ = ["PRESETS", "Match", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches", "spot_at"]
 
-_log = logging.getLogger("nerine")
-
-Predicate = Callable[[str, nn.Module], bool]
-Match = str | type[nn.Module] | Predicate
 Targets = Match | Sequence[Match]
 
 
 def _of_kind(*kinds: str) -> Predicate:
-    """Layers of these kinds, attention blocks (which are linear), and norms for who asks for nothing else."""
+    """Layers of these kinds."""
     return lambda path, module: (layer_kind(module) or "linear") in kinds
-
-
-PRESETS: dict[str, tuple[Match, ...]] = {
-    "full": (_of_kind("linear", "conv", "transposed"),),
-    "full-lin": (_of_kind("linear"),),
-}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What the layers that `match` get; the first rule that matches a layer wins, and `algorithm=None` skips it.
-
-    `match` is a pattern, a class of layers, or a predicate of path and module. A parameter that stands alone (the
-    experts of a mixture, say) is matched by a pattern that ends in its name. `lr` is their own learning rate for
-    `Network.param_groups`, `strength` what they start with. With `rows=(start, stop)` the adapter acts on those outputs
-    alone, as on the queries of a fused projection; several such rules may match one layer.
-    """
-
-    match: Match
-    algorithm: Algorithm | None
-    lr: float | None = None
-    strength: float = 1.0
-    rows: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        check_strength(self.strength)
-        if self.algorithm is not None and not isinstance(self.algorithm, Algorithm):
-            raise OptionError(
-                f"Rule: expected an algorithm such as LoRA(rank=16), or None to skip, got {self.algorithm!r}"
-            )
-        if self.lr is not None and (isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or self.lr < 0):
-            raise OptionError(f"Rule: lr must be a number of at least 0, got {self.lr!r}")
-        if self.rows is not None and (
-            not isinstance(self.rows, tuple)
-            or len(self.rows) != 2
-            or not all(isinstance(row, int) for row in self.rows)
-            or not 0 <= self.rows[0] < self.rows[1]
-        ):
-            raise OptionError(f"Rule: rows must be (start, stop) with 0 <= start < stop, got {self.rows!r}")
 
 
 @dataclass(frozen=True)
@@ -84,48 +41,15 @@ class Target:
     algorithm: Algorithm
 
 
-def matches(match: Match, path: str, module: nn.Module) -> bool:
-    """Whether the layer `module` at `path` is meant by `match`."""
-    if isinstance(match, type):
-        return isinstance(module, match)
-    if not isinstance(match, str):
-        return bool(match(path, module))
-    if match.startswith("re:"):
-        return _is_whole(match, path)
-    wanted, names = match.split("."), path.split(".")
-    return any(
-        all(fnmatchcase(name, want) for name, want in zip(names[i:], wanted, strict=False))
-        for i in range(len(names) - len(wanted) + 1)
-    )
-
-
-def _is_whole(pattern: str, path: str) -> bool:
-    """Whether the regular expression after "re:" is the whole path."""
-    try:
-        return re.fullmatch(pattern[3:], path) is not None
-    except re.error as error:
-        raise OptionError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
-
-
-def _ends_in(pattern: str, path: str) -> bool:
-    """Whether a pattern means the last name of `path`, and not only something above it."""
-    if pattern.startswith("re:"):
-        return _is_whole(pattern, path)
-    wanted = pattern.split(".")
-    names = path.split(".")[-len(wanted) :]
-    return len(names) == len(wanted) and all(map(fnmatchcase, names, wanted))
-
-
-def _is_explicit(match: Match, path: str, module: nn.Module) -> bool:
-    """Whether a match means this very layer, and not only something above it."""
-    return _ends_in(match, path) if isinstance(match, str) else matches(match, path, module)
-
-
-def _as_rules(what: Algorithm | Sequence[Rule]) -> list[Rule]:
+def _as_rules(what: Algorithm | Sequence[Rule] | str | os.PathLike[str]) -> list[Rule]:
     if isinstance(what, Algorithm):
         return [Rule(lambda path, module: True, what)]
-    if not isinstance(what, Iterable) or isinstance(what, str):  # type: ignore[unreachable]
-        raise OptionError(f"expected an algorithm such as LoRA(rank=16), or a list of Rules, got {what!r}")
+    if isinstance(what, os.PathLike) or (isinstance(what, str) and what.endswith(".toml")):
+        return read_rules(what)
+    if not isinstance(what, Iterable) or isinstance(what, str):
+        raise OptionError(
+            f"expected an algorithm such as LoRA(rank=16), a list of Rules or a file of rules (.toml), got {what!r}"
+        )
     rules = list(what)
     for rule in rules:
         if not isinstance(rule, Rule):
@@ -134,70 +58,71 @@ def _as_rules(what: Algorithm | Sequence[Rule]) -> list[Rule]:
 
 
 def _as_matches(targets: Targets) -> list[Match]:
-    if isinstance(targets, str) and targets in PRESETS:
-        return list(PRESETS[targets])
     if isinstance(targets, str | type) or callable(targets):
         return [targets]
     wanted = list(targets) if isinstance(targets, Iterable) else [targets]
     for match in wanted:
         if not isinstance(match, str | type) and not callable(match):
             raise OptionError(
-                f"targets: expected a preset ({', '.join(PRESETS)}), a pattern, a class of layers, a predicate, "
+                f"targets: expected a preset ({', '.join(PRESETS)}), a pattern, a class, a predicate, "
                 f"or a list of those, got {match!r}"
             )
     return wanted
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A weight that might be adapted."""
+class _Question:
+    """Targets and rules put to the candidates of one model; each preset among them is worked out once."""
 
-    path: str
-    module: nn.Module  # what rules are matched against
-    holder: nn.Module
-    attr: str = "weight"
-    caller: nn.Module | None = None
+    def __init__(self, model: nn.Module, wanted: Sequence[Match], rules: Sequence[Rule]) -> None:
+        self.model, self.rules = model, list(rules)
+        self.out = [match[1:] for match in wanted if isinstance(match, str) and match.startswith("!")]
+        self.wanted = [match for match in wanted if not (isinstance(match, str) and match.startswith("!"))] or ["all"]
+        named = [*self.wanted, *self.out, *(rule.match for rule in rules)]
+        self.chosen = {m: choose(model, preset_of(m)) for m in named if isinstance(m, str) and is_preset(m)}
+        self.paths = {name: frozenset(chosen.paths) for name, chosen in self.chosen.items()}
+        self.patterns = [m for m in named if isinstance(m, str) and m not in self.chosen]
+        self.only_presets = all(m in self.chosen for m in self.wanted if isinstance(m, str)) and not any(
+            not isinstance(m, str) for m in self.wanted
+        )
 
-    @property
-    def kind(self) -> str:
-        return kind_of(self.holder, self.attr)
+    def says(self, match: Match, candidate: Candidate) -> bool:
+        """Whether a match means a candidate."""
+        if isinstance(match, str) and match in self.paths:
+            return candidate.path in self.paths[match]
+        return matches(match, candidate.path, candidate.module, lineage(self.model, candidate.path))
 
-    def spot(self, rows: tuple[int, int] | None) -> Spot:
-        """Where the adapter goes.
+    def wants(self, candidate: Candidate) -> bool:
+        """Whether the targets mean it. A parameter that stands alone is a candidate only where something names it, and
+        a preset does not stand in its way."""
+        if any(self.says(match, candidate) for match in self.out):
+            return False
+        return any(
+            self.says(match, candidate) or (candidate.is_lone and isinstance(match, str) and match in self.chosen)
+            for match in self.wanted
+        )
 
-        Raises:
-            UnsupportedBase: this weight cannot be adapted, or not by rows.
-        """
-        alone = self.caller is not None
-        site = parameter_site(self.holder, self.attr, self.path) if alone else site_of(self.holder, self.path)
-        if rows is None:
-            return Spot(self.path, self.holder, site, self.attr, caller=self.caller)
-        check_rows(site, rows, self.path, alone)
-        site = site.rows(rows[1] - rows[0])
-        return Spot(f"{self.path}[{rows[0]}:{rows[1]}]", self.holder, site, self.attr, rows, self.caller)
+    def is_explicit(self, candidate: Candidate) -> bool:
+        """Whether the targets mean this very layer, and not only something above it."""
+        named = (match for match in self.wanted if not (isinstance(match, str) and match in self.chosen))
+        return any(is_explicit(match, candidate.path, candidate.module) for match in named)
 
-
-def _candidates(model: nn.Module, patterns: Sequence[str]) -> Iterator[_Candidate]:
-    """Layers, the projections of attention blocks, and parameters that stand alone where a pattern ends in them."""
-    inside: set[int] = set()
-    for path, module in model.named_modules():
-        if ".nerine" in f".{path}" or id(module) in inside:
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            inside.update(id(part) for part in module.modules())
-            for name, holder, attr in projections(module):
-                yield _Candidate(f"{path}.{name}" if path else name, module, holder, attr, module)
-        elif is_layer(module):
-            yield _Candidate(path, module, module)
-        else:
-            for name, parameter in module._parameters.items():
-                whole = f"{path}.{name}" if path else name
-                if isinstance(parameter, Tensor) and any(_ends_in(pattern, whole) for pattern in patterns):
-                    yield _Candidate(whole, module, module, name, module)
+    def suited(self, rule: Rule, candidate: Candidate) -> Rule:
+        """A rule with what presets ask of its algorithm on this layer."""
+        algorithm = rule.algorithm
+        asked = [*self.wanted, rule.match]
+        on_input = any(
+            isinstance(m, str) and m in self.chosen and candidate.path in self.chosen[m].on_input for m in asked
+        )
+        if on_input and isinstance(algorithm, IA3) and not algorithm.on_input:
+            return replace(rule, algorithm=replace(algorithm, on_input=True))
+        return rule
 
 
 def find_targets(
-    model: nn.Module, what: Algorithm | Sequence[Rule], targets: Targets, train_norm: bool = False
+    model: nn.Module,
+    what: Algorithm | Sequence[Rule] | str | os.PathLike[str],
+    targets: Targets,
+    train_norm: bool = False,
 ) -> tuple[list[Target], dict[str, str]]:
     """The weights to adapt, in the order of the model, and those left out with the reason.
 
@@ -205,23 +130,23 @@ def find_targets(
         TargetError: nothing is left, or two chosen layers share one weight.
         OptionError: `what` is neither an algorithm nor rules.
     """
-    rules, wanted = _as_rules(what), _as_matches(targets)
-    preset = isinstance(targets, str) and targets in PRESETS
-    if preset and any(a is not None and a.kinds == {"norm"} for a in (rule.algorithm for rule in rules)):
-        wanted.append(_of_kind("norm"))
+    rules = _as_rules(what)
+    question = _Question(model, _as_matches(targets), rules)
+    if question.only_presets and any(a is not None and a.kinds == {"norm"} for a in (rule.algorithm for rule in rules)):
+        question.wanted.append(_of_kind("norm"))
     if train_norm:
-        wanted.append(_of_kind("norm"))
+        question.wanted.append(_of_kind("norm"))
         rules.append(Rule(_of_kind("norm"), Norm()))
-    patterns = [m for m in [*wanted, *(rule.match for rule in rules)] if isinstance(m, str)]
-    candidates = list(_candidates(model, patterns))
+    only_presets = question.only_presets
+    candidates = list(candidates_of(model, question.patterns))
     chosen: list[Target] = []
     skipped: dict[str, str] = {}
     for candidate in candidates:
         path, module = candidate.path, candidate.module
-        if not any(matches(match, path, module) for match in wanted):
+        if not question.wants(candidate):
             continue
-        explicit = not preset and any(_is_explicit(match, path, module) for match in wanted)
-        found = [rule for rule in rules if matches(rule.match, path, module)]
+        explicit = not only_presets and question.is_explicit(candidate)
+        found = [rule for rule in rules if question.says(rule.match, candidate)]
         if train_norm and layer_kind(module) == "norm":
             found = [rule for rule in found if rule.algorithm is None or "norm" in rule.algorithm.kinds]
         kind = layer_kind(module)
@@ -230,7 +155,7 @@ def find_targets(
             continue  # below something that was named, but nobody asked for it
         together = found if found and found[0].rows is not None else found[:1]
         for rule in together:
-            target = _target(candidate, rule)
+            target = _target(candidate, question.suited(rule, candidate))
             if isinstance(target, str):
                 skipped[path] = target
             else:
@@ -238,52 +163,12 @@ def find_targets(
         if not together:
             skipped[path] = "no rule matches"
     if not chosen:
-        raise TargetError(_nothing_matched(model, candidates, wanted, rules, skipped))
+        raise TargetError(_nothing_matched(model, candidates, question, skipped))
     _refuse_shared_weights(chosen)
     return chosen, skipped
 
 
-def every_spot(model: nn.Module, rows: Sequence[tuple[int, int]] = ()) -> dict[str, Spot]:
-    """All weights that a file might have an adapter for, by path, whole and in each range of `rows` that they have;
-    those that cannot be adapted are left out."""
-    found = {}
-    for candidate in _candidates(model, ["*"]):
-        for part in (None, *rows):
-            try:
-                spot = candidate.spot(part)
-            except (UnsupportedBase, OptionError) as error:
-                _log.info("%s", error)
-                continue
-            found[spot.path] = spot
-    return found
-
-
-def spot_at(spots: Mapping[str, Spot], path: str) -> Spot:
-    """The spot of that path; where it names rows of a weight, as in "to_qkv[0:64]", those of the whole weight's."""
-    if path in spots:
-        return spots[path]
-    whole, _, text = path[:-1].rpartition("[")
-    start, _, stop = text.partition(":")
-    spot = spots[whole]
-    rows = (int(start), int(stop))
-    check_rows(spot.site, rows, path, spot.caller is not None)
-    return replace(spot, path=path, site=spot.site.rows(rows[1] - rows[0]), rows=rows)
-
-
-def check_rows(site: Site, rows: tuple[int, int], path: str, alone: bool) -> None:
-    """Whether an adapter can act on some rows of a weight.
-
-    Raises:
-        UnsupportedBase: the layer has no rows that could be taken alone.
-        OptionError: it has fewer rows.
-    """
-    if site.groups > 1 or site.kind not in ("linear", "conv") or site.experts or (site.opaque and not alone):
-        raise UnsupportedBase(f"{path}: adapters on some rows need a plain Linear or an ungrouped Conv")
-    if rows[1] > site.shape[0]:
-        raise OptionError(f"{path}: rows {rows} of a weight that has {site.shape[0]}")
-
-
-def _target(candidate: _Candidate, rule: Rule) -> Target | str:
+def _target(candidate: Candidate, rule: Rule) -> Target | str:
     """What a rule makes of a candidate, or why nothing."""
     if rule.algorithm is None:
         return "skipped by a rule"
@@ -296,11 +181,7 @@ def _target(candidate: _Candidate, rule: Rule) -> Target | str:
 
 
 def _nothing_matched(
-    model: nn.Module,
-    candidates: list[_Candidate],
-    wanted: list[Match],
-    rules: list[Rule],
-    skipped: dict[str, str],
+    model: nn.Module, candidates: list[Candidate], question: _Question, skipped: dict[str, str]
 ) -> str:
     name = type(model).__name__
     if not candidates:
@@ -308,7 +189,7 @@ def _nothing_matched(
     if skipped:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:5])
         return f"every layer of {name} that the targets match was left out. {reasons}"
-    patterns = [m for m in [*wanted, *(rule.match for rule in rules)] if isinstance(m, str)]
+    patterns = question.patterns
     names = {part for c in candidates for part in c.path.split(".") if not part.isdigit()}
     shown = ", ".join(f"{c.path} ({c.kind})" for c in candidates[:6])
     hints = " ".join(nearest(p.split(".")[-1], [*names, *PRESETS]) for p in patterns[:1] if p)

@@ -37,7 +37,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block()])
 
 
-def chosen(what: Any = LORA, targets: Any = "full", model: nn.Module | None = None) -> list[str]:
+def chosen(what: Any = LORA, targets: Any = "all", model: nn.Module | None = None) -> list[str]:
     return [row.layer for row in nerine.plan(model or Model(), what, targets=targets).rows]
 
 
@@ -50,7 +50,7 @@ ALL = ["conv_in", *(f"{b}.{layer}" for b in ("mid_block", "blocks.0", "blocks.1"
 @pytest.mark.parametrize(
     ("targets", "want"),
     [
-        ("full", ALL),
+        ("all", ALL),
         ("full-lin", ALL[1:]),
         ("to_q", [p for p in ALL if p.endswith("to_q")]),
         ("attn1", [p for p in ALL if ".attn1." in p]),

@@ -1,0 +1,85 @@
+"""`--network_module nerine.kohya`: nerine as a network of sd-scripts.
+
+`create_network` makes fresh adapters from `--network_dim`, `--network_alpha` and `--network_args`,
+`create_network_from_weights` those of a file. What the network offers is in `network.KohyaNetwork`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nerine.api import Choice, read_fittings
+from nerine.integrations.kohya.arguments import ARGUMENTS
+from nerine.integrations.kohya.network import KohyaNetwork
+from nerine.integrations.kohya.parts import view
+from nerine.integrations.kohya.presets import enables_conv
+from nerine.integrations.lycoris.settings import logger
+from nerine.integrations.lycoris.wrapper import defaults_of, parse_arguments, source_of
+from nerine.model.adapter import Noise
+
+__all__ = ["KohyaNetwork", "create_network", "create_network_from_weights"]
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module | None,
+    neuron_dropout: float | None = None,
+    warn_on_unmatched: bool = True,
+    **kwargs: Any,
+) -> KohyaNetwork:
+    """Fresh adapters for text encoders and denoiser, not on them before `apply_to`.
+
+    `text_encoder` is a model, a list of models, or None. `kwargs` are the `network_args`, as text or as values.
+
+    Raises:
+        OptionError: an unknown argument, or a bad value.
+        TargetError: no layer gets an adapter.
+    """
+    if kwargs.get("dropout") is None:
+        kwargs["dropout"] = neuron_dropout
+    given, preset = parse_arguments(kwargs, "network_args", ARGUMENTS)
+    dim = 4 if network_dim is None else int(network_dim)
+    defaults = defaults_of(given, dim, 1.0 if network_alpha is None else float(network_alpha), enables_conv(preset))
+    if given.get("algo") == "ia3" and preset != "ia3":
+        logger.warning("(IA)³ was made for keys, values and feed-forward layers: preset=ia3 chooses those")
+    return KohyaNetwork(text_encoder, unet, defaults, preset=preset, arguments=given, multiplier=multiplier)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | os.PathLike[str] | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[KohyaNetwork, Mapping[str, Tensor]]:
+    """The adapters of a file, in any dialect, with their values, not on the models before `apply_to` or `merge_to`;
+    and the file's tensors. Of `kwargs` only those that act in training count here: dropouts and learning rates.
+
+    Raises:
+        FormatError: the file is damaged, or nothing in it belongs to these models.
+        ShapeError: a tensor does not fit its layer.
+        OptionError: an unknown argument.
+    """
+    given, _ = parse_arguments(kwargs, "network_args", ARGUMENTS)
+    network = KohyaNetwork.of(text_encoder, unet, multiplier)
+    with source_of(file, weights_sd) as source:
+        report, fittings = read_fittings(view(network.parts), source, Choice())
+        tensors = weights_sd if weights_sd is not None else {key: source.read(key) for key in source.keys}
+    network.fill(fittings, report, tensors, Noise(**_noise(given, for_inference)), given)
+    return network, tensors
+
+
+def _noise(given: Mapping[str, Any], for_inference: bool) -> dict[str, float]:
+    names = ("dropout", "rank_dropout", "module_dropout")
+    return {name: 0.0 if for_inference else given.get(name) or 0.0 for name in names}

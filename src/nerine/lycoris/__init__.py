@@ -7,11 +7,11 @@ The table says where each name lives; each is imported when it is first asked fo
 how much, is in docs/migrating-from-lycoris.md.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nerine.integrations.lycoris import logger
     from nerine.integrations.lycoris.presets import (
         AlgoOverride,
         AlgoSpec,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     )
 
 HOMES = {
-    "nerine.integrations.lycoris": ("logger",),
     "nerine.integrations.lycoris.modules": (
         "ButterflyOFTModule",
         "DiagOFTModule",
@@ -67,6 +66,7 @@ HOMES = {
     ),
     "nerine.integrations.lycoris.wrapper": ("LycorisNetwork", "create_lycoris", "create_lycoris_from_weights"),
 }
+logger = logging.getLogger("nerine")
 _HOME = {name: home for home, names in HOMES.items() for name in names}
 _SUBMODULES = ("config", "config_sdk", "functional", "kohya", "modules", "utils", "wrapper")
 

@@ -5,7 +5,7 @@ convolution below it is taken. A module whose path is a target is taken itself. 
 blocks of a class, also where they stand within another block; `name_algo_map` for paths. Patterns are regular
 expressions that must fit the beginning of a path, or with `use_fnmatch` shell patterns for the whole of it.
 
-Here a layer is taken once, as the walk first meets it; LyCORIS's kohya network stops with an error where blocks overlap.
+Here a layer is taken once, as the walk first meets it; LyCORIS's kohya network stops where blocks overlap.
 This file knows neither algorithms nor adapters, only modules and their paths.
 """
 

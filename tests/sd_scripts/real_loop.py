@@ -141,7 +141,7 @@ def check(loop: Loop, algo: str, variant: str) -> dict[str, Any]:
     name = f"{algo}-{variant}"
     trainer = loop.train(name, args, more)
     network = trainer.network
-    network.eval().float()
+    network.eval().float().cpu()
     trained = loop.output(trainer.unet, trainer.encoder)
     file = loop.file(name)
     kohya = __import__("nerine.kohya").kohya
@@ -157,10 +157,10 @@ def check(loop: Loop, algo: str, variant: str) -> dict[str, Any]:
     found = {"moved": distance(trained, base), "merged": distance(loop.output(unet, encoder), trained)}
     for what, extra in {"resumed": [], "dim_from_weights": ["--dim_from_weights"]}.items():
         again = loop.train(f"{name}-{what}", args, [*more, f"--network_weights={file}", *extra], 1, 1e-12)
-        again.network.eval().float()
+        again.network.eval().float().cpu()
         found[what] = distance(loop.output(again.unet, again.encoder), trained)
     onto = loop.train(f"{name}-onto", args, [*more, f"--base_weights={file}", "--base_weights_multiplier=1"], 1, 1e-12)
-    onto.network.eval().float()
+    onto.network.eval().float().cpu()
     found["base_weights"] = distance(loop.output(onto.unet, onto.encoder), trained)
     return {**found, "modules": len(network.loras), "keys": len(tensors)}
 

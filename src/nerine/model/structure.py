@@ -137,12 +137,19 @@ class Structure:
             return
         inner = [node for child in block.below for node in self._inner(child)]
         if any(not self._has_attention(node) and any(map(_is_spatial, node.weights)) for node in inner):
-            for node in inner:
-                self._read(node)
+            self._read_stage(block)
             return
         self._mark(block.weights, "transformer")
         self._read_attention(block)
         self._read_feed_forward(block)
+
+    def _read_stage(self, stage: _Node) -> None:
+        """Read the parts of a stage one by one, those that are in no list of blocks too."""
+        for child in stage.below:
+            if child.is_block or not any(True for _ in self._inner(child)):
+                self._read(child)
+            else:
+                self._read_stage(child)
 
     def _inner(self, node: _Node) -> Iterator[_Node]:
         """The outermost repeated blocks at or below a part of a block."""

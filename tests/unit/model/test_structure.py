@@ -114,6 +114,16 @@ def test_a_unet(rows: str) -> None:
     assert not any("proj_in" in p or "proj_out" in p for p in with_role(model, "feed_forward"))
 
 
+def test_a_stage_whose_parts_are_in_no_list() -> None:
+    stage = Tree(res=nn.ModuleList([resnet()]), mid=Tree(attn=Attention(), ff=feed()), down=nn.Conv2d(8, 8, 3))
+    stage.add_module("emb", nn.Linear(4, 8))
+    model = nn.ModuleList([stage])
+    assert with_role(model, "convolution") == [*(f"0.res.0.{n}" for n in ("conv1", "time", "conv2")), "0.down"]
+    assert with_role(model, "transformer") == [p for p in roles_of(model) if p.startswith("0.mid")]
+    assert with_role(model, "down") == ["0.mid.ff.back"]
+    assert roles_of(model)["0.emb"] == "block"
+
+
 def test_blocks_in_blocks_are_one() -> None:
     """T5: a layer is a block of two, one of which is attention."""
     layer = Tree(layer=nn.ModuleList([Tree(SelfAttention=Attention("q k v o")), Tree(Dense=feed())]))

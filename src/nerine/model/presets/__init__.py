@@ -34,9 +34,9 @@ _KINDS = ("linear", "pointwise", "conv")
 class Section:
     """What a preset takes of one kind of model.
 
-    `where` are roles of `nerine.model.structure`, "blocks" or "model", and `kinds` what is taken there: "linear",
-    "pointwise" (convolutions of 1x1) and "conv" (larger ones). `unet` are patterns taken besides where the model has
-    blocks of convolutions, `leave_out` patterns never taken. `otherwise` stands for `where` in a model without blocks.
+    `where` are roles of `nerine.model.structure` or "model", and `kinds` what is taken there: "linear",
+    "pointwise" (convolutions of 1x1) and "conv" (larger ones). `unet` are paths taken besides where a model has blocks
+    of convolutions, `leave_out` patterns never taken. `otherwise` stands for `where` in a model without blocks.
     On the layers of the roles `on_input`, an algorithm that can act on the input does.
     """
 
@@ -155,7 +155,7 @@ def _choose_in(model: nn.Module, preset: Preset, component: str) -> Chosen:
         roles = structure.roles[path] | {"model"}
         above = lineage(model, path)
         taken = bool(where & roles) and _kind(candidate) in section.kinds
-        besides = is_unet and any(path == pattern for pattern in section.unet)
+        besides = is_unet and path in section.unet
         left = any(matches(pattern, path, candidate.module, above) for pattern in section.leave_out)
         if (taken or besides) and not left:
             paths.append(path)

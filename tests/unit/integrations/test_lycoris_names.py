@@ -73,7 +73,7 @@ def test_a_module_is_there(module: str, names: str) -> None:
 
 
 def test_a_name_that_is_not_there() -> None:
-    with pytest.raises(AttributeError, match="module 'nerine.lycoris' has no attribute 'create_lycoriss'"):
+    with pytest.raises(AttributeError, match=r"module 'nerine\.lycoris' has no attribute 'create_lycoriss'"):
         _ = nerine.lycoris.create_lycoriss
     with pytest.raises(ImportError):
         from nerine.lycoris.kohya import nothing_of_the_kind  # noqa: F401

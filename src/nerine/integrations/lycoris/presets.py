@@ -9,16 +9,15 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nerine.errors import FormatError, MissingExtra, OptionError, nearest
+from nerine.errors import OptionError, nearest
 from nerine.integrations.lycoris.algorithms import ALGO_REGISTRY, OPTIONS, AlgoSpec
+from nerine.model import toml
 
 __all__ = [
     "ALGO_REGISTRY",
@@ -185,46 +184,26 @@ def _read_map(key: str, value: Any, strict: bool) -> dict[str, AlgoOverride]:
 
 # -- files -----------------------------------------------------------------------------------------------------------
 def read_preset(preset_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The preset of a .toml or .json file, checked as by `PresetConfig.from_dict(..., strict=True)`.
+    """The preset of a .toml or .json file, as a table, its maps checked too.
 
     Raises:
-        FormatError: there is no such file, or it is neither TOML nor JSON.
-        PresetValidationError: a key, an algorithm or an option in it does not exist.
-        MissingExtra: TOML on Python 3.10 without the package tomli.
+        PresetValidationError: there is no such file, it is neither TOML nor JSON, or something in it does not exist.
     """
     path = Path(preset_path)
+    where = f"preset {path}"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"preset {path}: expected a .toml or .json file: {error}") from None
-    found = _from_json(text, path) if path.suffix.lower() == ".json" else _from_toml(text, path)
-    if not isinstance(found, Mapping):
-        raise FormatError(f"preset {path}: expected a table of keys, found {type(found).__name__}")
+        raise PresetValidationError(f"{where}: expected a .toml or .json file: {error}") from None
     try:
+        found = json.loads(text) if path.suffix.lower() == ".json" else toml.parse(text, where)
+        if not isinstance(found, Mapping):
+            raise PresetValidationError(f"expected a table of keys, found {type(found).__name__}")
         return PresetConfig.from_dict(found, strict=True).to_dict()
-    except PresetValidationError as error:
-        raise PresetValidationError(f"preset {path}: {error}") from None
-
-
-def _from_json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise FormatError(f"preset {path}: no JSON: {error}") from None
-
-
-def _from_toml(text: str, path: Path) -> Any:
-    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
-    try:
-        toml = import_module(name)
-    except ImportError:
-        raise MissingExtra(
-            f"preset {path}: Python 3.10 reads no TOML by itself: pip install tomli, or write the preset as .json"
-        ) from None
-    try:
-        return toml.loads(text)
-    except toml.TOMLDecodeError as error:
-        raise FormatError(f"preset {path}: no TOML: {error}") from None
+        raise PresetValidationError(f"{where}: not valid JSON: {error}") from None
+    except OptionError as error:
+        raise PresetValidationError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
 
 
 # -- the presets that LyCORIS comes with -----------------------------------------------------------------------------

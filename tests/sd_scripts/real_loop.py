@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {  # network_args, further ar
     "scale_weight_norms": ([], ["--scale_weight_norms=0.05"]),
     "full_bf16": ([], ["--full_bf16", "--mixed_precision=bf16"]),
     "fp8_base": ([], ["--fp8_base", "--mixed_precision=bf16"]),
+    "lowram": ([], ["--lowram"]),
     "checkpointing": ([], ["--gradient_checkpointing"]),
     "lora_plus": (["loraplus_lr_ratio=4"], []),
 }
@@ -64,8 +65,9 @@ class Loop:
 
         class Trainer(train_network.NetworkTrainer):
             def load_target_model(self, args: Any, weight_dtype: Any, accelerator: Any) -> Any:
-                text_encoder, vae, unet = loop.models()
-                return "sd_v1", text_encoder.to(weight_dtype), vae.to(weight_dtype), unet.to(weight_dtype)
+                device = accelerator.device if args.lowram else "cpu"
+                text_encoder, vae, unet = (model.to(device, weight_dtype) for model in loop.models())
+                return "sd_v1", text_encoder, vae, unet
 
             def prepare_unet_with_accelerator(self, args: Any, accelerator: Any, unet: Any) -> Any:
                 if args.fp8_base and accelerator.device.type == "cpu":  # where autocast has no norms for fp8
@@ -119,9 +121,7 @@ class Loop:
         """What the pair computes of a fixed input, in fp32."""
         generator = torch.Generator().manual_seed(3)
         ids = torch.randint(0, 90, (1, 77), generator=generator)
-        unet, encoder = (
-            extract_model_from_parallel(m, keep_fp32_wrapper=False) for m in (unet, encoder)
-        )  # no autocast
+        unet, encoder = (extract_model_from_parallel(m, keep_fp32_wrapper=False).cpu() for m in (unet, encoder))
         x, time_step = torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([400])
         unet.eval(), encoder.eval()
         with torch.no_grad():

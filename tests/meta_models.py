@@ -170,15 +170,20 @@ def shapes_of(model: nn.Module) -> dict[str, Shape]:
     return {path: tuple(weight.shape) for path, weight in found if weight is not None}
 
 
-def build(library: str, name: str, settings: dict[str, Any], config: str = "") -> dict[str, Shape]:
+def make(library: str, name: str, settings: dict[str, Any], config: str = "") -> nn.Module:
+    """The model itself, on the meta device."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # what other libraries say about themselves
         module = importlib.import_module(library)
         kind = getattr(module, name)
         if config:
-            return shapes_of(kind(getattr(module, config)(**settings)))
+            return kind(getattr(module, config)(**settings))
         known = inspect.signature(kind.__init__).parameters
-        return shapes_of(kind(**{**{k: v for k, v in SIZES.items() if k in known}, **settings}))
+        return kind(**{**{k: v for k, v in SIZES.items() if k in known}, **settings})
+
+
+def build(library: str, name: str, settings: dict[str, Any], config: str = "") -> dict[str, Shape]:
+    return shapes_of(make(library, name, settings, config))
 
 
 @cache

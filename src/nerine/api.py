@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from nerine.files.meta import write_meta
 from nerine.files.readers import readers_of
 from nerine.files.reading import read_checkpoint
 from nerine.files.reports import LoadReport, SaveReport
+from nerine.files.rows import take
 from nerine.files.store import Outgoing, Source
 from nerine.files.writing import lay_out
 from nerine.model.adapter import Adapter, Noise, check_strength
@@ -217,6 +218,7 @@ def read_fittings(
     fittings, notes = [], []
     spots = every_spot(model, _rows_in(source.keys))
     checkpoint = _read(source, {path: spot.site for path, spot in spots.items()}, choice)
+    _complain(checkpoint.report, choice.strict)
     spots = {path: spot_at(spots, path) for path in checkpoint.layers}
     check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
     with present(model):
@@ -259,22 +261,25 @@ def _completed(layer: Layer, spot: Spot, kept: torch.dtype | None = None) -> tup
     return record, "; ".join(notes)
 
 
-def _read(source: Source, sites: Mapping[str, Site], choice: Choice, wanted: Iterable[str] = ()) -> Checkpoint:
-    """The checkpoint of an open file; `wanted` layers that it lacks are reported as missing."""
-    checkpoint = read_checkpoint(
-        source, sites, dialect=choice.dialect, component=choice.component, others=choice.algorithms
-    )
-    report = checkpoint.report.lacking(tuple(path for path in wanted if path not in checkpoint.layers))
-    if report.unmatched or report.missing:
-        summary = (
-            f"{report.file}: {len(report.unmatched)} keys were not used and {len(report.missing)} layers are missing"
-        )
-        if choice.strict:
-            details = [f"{shown(key)}: {why}" for key, why in report.unmatched.items()]
-            details += [f"missing: {shown(p)}" for p in report.missing]
-            raise FormatError(f"{summary}. {'; '.join(details[:5])}")
-        _log.warning("%s; see the network's report", summary)
-    return replace(checkpoint, report=report)
+def _read(source: Source, sites: Mapping[str, Site], choice: Choice) -> Checkpoint:
+    """The checkpoint of an open file."""
+    return read_checkpoint(source, sites, dialect=choice.dialect, component=choice.component, others=choice.algorithms)
+
+
+def _complain(report: LoadReport, strict: bool) -> None:
+    """Say what of a file was not used and which layers it lacks.
+
+    Raises:
+        FormatError: there is such, under `strict`.
+    """
+    if not (report.unmatched or report.missing):
+        return
+    summary = f"{report.file}: {len(report.unmatched)} keys were not used and {len(report.missing)} layers are missing"
+    if strict:
+        details = [f"{shown(key)}: {why}" for key, why in report.unmatched.items()]
+        details += [f"missing: {shown(p)}" for p in report.missing]
+        raise FormatError(f"{summary}. {'; '.join(details[:5])}")
+    _log.warning("%s; see the network's report", summary)
 
 
 def _resume(network: Network, file: str | os.PathLike[str], choice: Choice) -> Network:
@@ -285,7 +290,7 @@ def _resume(network: Network, file: str | os.PathLike[str], choice: Choice) -> N
         for holder, mount, _, adapter in network.placed()
     }
     with open_adapter(file, allow_pickle=choice.allow_pickle) as source, present(network.model):
-        report, found = read_params(placed, source, choice)
+        report, found = read_params(network.model, placed, source, choice)
     network.not_merged("load tensors")
     at_rest(network.model)
     for path, params in found.items():
@@ -295,19 +300,53 @@ def _resume(network: Network, file: str | os.PathLike[str], choice: Choice) -> N
 
 
 def read_params(
-    placed: Mapping[str, tuple[Spot, Adapter]], source: Source, choice: Choice
+    model: nn.Module, placed: Mapping[str, tuple[Spot, Adapter]], source: Source, choice: Choice
 ) -> tuple[LoadReport, dict[str, Params]]:
-    """The tensors of an open file for adapters that exist, by path of their layers, for `Adapter.take`.
+    """The tensors of an open file for adapters that exist in `model`, by path of their layers, for `Adapter.take`.
+
+    What the names in the file mean is worked out from the whole model. Where some rows of a layer have adapters of
+    their own and the file has one for all of it, each gets its share.
 
     Raises:
         ShapeError: one of them has other tensors, or another algorithm.
+        FormatError: the adapter of a layer does not come apart into those rows.
     """
-    found, notes = {}, []
-    checkpoint = _read(source, {path: spot.site for path, (spot, _) in placed.items()}, choice, placed)
+    sites = {path: spot.site for path, spot in every_spot(model).items()}
+    sites.update({path: spot.site for path, (spot, _) in placed.items()})
+    parts: dict[str, list[str]] = {}
+    for path, (spot, _) in placed.items():
+        parts.setdefault(path if spot.rows is None else path.rpartition("[")[0], []).append(path)
+    checkpoint = _read(source, sites, choice)
+    found: dict[str, Params] = {}
+    notes = []
     for path, layer in checkpoint.layers.items():
-        spot, adapter = placed[path]
-        record, note = _completed(layer, spot)
-        notes += [f"{path}: {note}"] if note else []
-        found[path] = adapter.algorithm.from_file(record.params)
-        adapter.check_same(record.algorithm, found[path])
-    return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), found
+        for own in parts.get(path, ()) if path not in placed else (path,):
+            spot, adapter = placed[own]
+            cut = layer if own == path or spot.rows is None else layer.changed(_share(own, spot.rows, adapter))
+            record, note = _completed(cut, spot)
+            notes += [f"{own}: {note}"] if note else []
+            found[own] = adapter.algorithm.from_file(record.params)
+            adapter.check_same(record.algorithm, found[own])
+    report = checkpoint.report.only({*placed, *parts}, "the network has no adapter there")
+    report = report.lacking(tuple(path for path in placed if path not in found))
+    _complain(report, choice.strict)
+    return replace(report, notes=(*report.notes, *notes)), found
+
+
+def _share(path: str, rows: tuple[int, int], adapter: Adapter) -> Callable[[Record], Record]:
+    """What cuts the adapter of a whole layer down to some rows, and to the ranks that act there."""
+
+    def cut(record: Record) -> Record:
+        part = take(record, [rows], path)
+        tensors = dict(part.params.tensors)
+        if set(tensors) != {"down", "up"} or "up" not in adapter.names:
+            return part
+        rank = adapter.params().tensors["up"].shape[1]
+        acts = tensors["up"].flatten(2).ne(0).any(-1).any(0) if tensors["up"].dim() > 2 else tensors["up"].ne(0).any(0)
+        if int(acts.sum()) > rank:
+            return part
+        kept = torch.argsort(acts.int(), descending=True, stable=True)[:rank].sort().values
+        tensors = {"down": tensors["down"][kept], "up": tensors["up"][:, kept]}
+        return replace(part, params=Params(tensors, part.params.scale))
+
+    return cut

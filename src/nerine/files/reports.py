@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,20 @@ class LoadReport:
     def lacking(self, layers: tuple[str, ...]) -> LoadReport:
         """This report with `layers` among the missing ones."""
         return replace(self, missing=tuple(dict.fromkeys([*self.missing, *layers])))
+
+    def only(self, layers: Collection[str], why: str) -> LoadReport:
+        """This report where just `layers` were read: the keys of the others were not used, and `why`."""
+        others = {
+            key: why for key, path in self.used.items() if path.split("[")[0] not in layers and path not in layers
+        }
+        others = {key: why for key in others if not self.used[key].startswith("embedding ")}
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows if row.layer in layers),
+            unmatched={**self.unmatched, **others},
+            missing=tuple(path for path in self.missing if path in layers),
+            used={key: path for key, path in self.used.items() if key not in others},
+        )
 
     @property
     def counts(self) -> dict[str, int]:

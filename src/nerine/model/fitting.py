@@ -20,7 +20,7 @@ from nerine.model.network import Network
 from nerine.model.offload import Groups, computes_on, present
 from nerine.model.reports import AttachReport
 from nerine.model.sharded import check_engines, made_alike
-from nerine.model.targets import Rule, Target, Targets, find_targets
+from nerine.model.targets import Target, Targets, What, find_targets
 from nerine.ops.precision import full_precision
 
 __all__ = ["Fitting", "adapter_for", "attach", "check_name", "fit_in", "fresh", "put_in"]
@@ -55,7 +55,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def attach(
     model: nn.Module,
-    what: Algorithm | Sequence[Rule],
+    what: What,
     *,
     targets: Targets = "all",
     train_norm: bool = False,
@@ -69,12 +69,12 @@ def attach(
 ) -> Network:
     """Put fresh adapters on the layers of `model`; at first they change nothing.
 
-    `what` is an algorithm for all `targets`, or rules of which the first that matches a layer wins. `targets` is a
-    preset ("full": every Linear, Conv and attention block, "full-lin"), a pattern, a class, a predicate, or a list of
-    those. `train_norm` adds the scales and offsets of all norms. With
-    `own` the adapters are children of their layers and move with them; without, the host keeps them through the
-    Network. With `freeze` every other parameter of the model stops to require gradients (`detach` undoes it).
-    `generator` draws the initial values instead of torch's global one.
+    `what` is an algorithm for all `targets`, or rules of which the first that matches a layer wins, as a list or as the
+    path of a TOML file. `targets` is a preset ("all": every Linear, Conv and attention block, "full", "attn-mlp",
+    "attn-only", ...), a pattern, a class, a predicate, or a list of those; docs/targets.md has them all. `train_norm`
+    adds the scales and offsets of all norms. With `own` the adapters are children of their layers and move with them;
+    without, the host keeps them through the Network. With `freeze` every other parameter of the model stops to require
+    gradients (`detach` undoes it). `generator` draws the initial values instead of torch's global one.
 
     Raises:
         TargetError: no layer matches, or two share a weight.

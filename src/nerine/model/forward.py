@@ -136,7 +136,13 @@ def _cheapest(
             f"{mount.path}: the layer ({weight.storage.name}) passes no gradient to its input, so that nothing before "
             "it could learn; train on a base that rounds weights alone, or call the model without gradients"
         )
-    return _beside(is_plain, y, drawn, Call(site, x, y, bias_at(layer, mount), weight))
+    return _beside(is_plain, y, drawn, Call(site, _readable(x, y), y, bias_at(layer, mount), weight))
+
+
+def _readable(x: Tensor, y: Tensor) -> Tensor:
+    """An input that something has cast to a weight's eight bits, in the format of the output: layers under autocast
+    take it as it is, and arithmetic does not."""
+    return x.to(y.dtype) if x.is_floating_point() and x.dtype.itemsize < 2 else x
 
 
 def _beside(is_plain: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
@@ -210,7 +216,8 @@ def added(holder: nn.Module, mount: Mount, adapter: Adapter, x: Tensor, y: Tenso
     """What `adapter` adds to the output `y` of a layer for the input `x`, for hosts that do the adding themselves."""
     weight = Weight(holder, mount, x.device)
     with weight.unkept():
-        return _deviation(adapter, adapter(x), Call(mount.site, x, y, bias_at(holder, mount), weight))
+        call = Call(mount.site, _readable(x, y), y, bias_at(holder, mount), weight)
+        return _deviation(adapter, adapter(x), call)
 
 
 def _on_mesh(
@@ -243,7 +250,7 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     dim = y.dim() + mount.site.channel
     part = y.narrow(dim, start, stop - start)
     weight = Weight(holder, mount, x.device)
-    call = Call(mount.site, x, part, bias_at(holder, mount), weight)
+    call = Call(mount.site, _readable(x, y), part, bias_at(holder, mount), weight)
     changed = part
     with weight.unkept():
         for adapter in active:

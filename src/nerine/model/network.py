@@ -22,9 +22,9 @@ from nerine.model.fast_path import restore_fast_paths
 from nerine.model.merge import forget_original, merge_layer, unmerge_layer
 from nerine.model.mount import Mount, adapters_of, mounts_of, settle, weight_at
 from nerine.model.offload import Groups
+from nerine.model.patterns import Match, lineage, matches
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
 from nerine.model.sharded import at_rest, copy_into, shape_of
-from nerine.model.targets import Match, matches
 
 __all__ = ["Network"]
 
@@ -280,7 +280,8 @@ class Network:
         """
         self.not_merged("change the strength")
         check_strength(value)
-        chosen = [a for h, m, _, a in self.placed() if match is None or matches(match, m.path, h)]
+        top = self.model
+        chosen = [a for h, m, _, a in self.placed() if match is None or matches(match, m.path, h, lineage(top, m.path))]
         if not chosen:
             raise TargetError(f"no adapted layer matches {match!r}")
         for adapter in chosen:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
-from nerine.algorithms import Algorithm, prefers_weight
-from nerine.model.targets import Rule, Targets, find_targets
+from nerine.algorithms import prefers_weight
+from nerine.model.targets import Targets, What, find_targets
 from nerine.site import Site
 from nerine.tables import table
 
@@ -78,9 +77,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(
-    model: nn.Module, what: Algorithm | Sequence[Rule], *, targets: Targets = "all", train_norm: bool = False
-) -> Plan:
+def plan(model: nn.Module, what: What, *, targets: Targets = "all", train_norm: bool = False) -> Plan:
     """What `attach` with the same arguments would do, layer by layer; the model is not touched.
 
     Raises:

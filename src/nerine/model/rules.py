@@ -19,7 +19,7 @@ class Rule:
     `match` is a pattern (see `nerine.model.patterns`), a preset, a class, or a predicate of path and module. A
     parameter that stands alone (the experts of a mixture, say) is matched by a pattern that ends in its name. `lr` is
     their own learning rate for `Network.param_groups`, `strength` what they start with. With `rows=(start, stop)` the
-    adapter acts on those outputs alone, as on the queries of a fused projection; several such rules may match one layer.
+    adapter acts on those outputs alone, as on the queries of a fused projection; several such may match one layer.
     """
 
     match: Match

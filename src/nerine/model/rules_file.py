@@ -100,4 +100,7 @@ def _algorithm(table: Mapping[str, Any], settings: Mapping[str, Any]) -> Algorit
     if "algorithm" not in settings:
         stray = [f"{key!r} is unknown. {nearest(key, ['algorithm', *_OWN])}" for key in settings]
         raise OptionError(" ".join(['algorithm is missing, as in algorithm = "lora" (or skip = true).', *stray[:1]]))
+    inner = settings.get("inner", {})
+    if not isinstance(inner, dict):
+        raise OptionError(f'inner must be a table, as in inner = {{ algorithm = "lora", rank = 8 }}, got {inner!r}')
     return build(settings)

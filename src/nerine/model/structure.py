@@ -2,7 +2,7 @@
 
 Deep models repeat their blocks: entries of a ModuleList, or of a Sequential, that have several layers of their own.
 Inside those, attention is known by its queries, keys and values, feed-forward layers by their shapes. What a name can
-tell is written in `presets/words.toml`. This file knows nothing of presets and rules.
+tell is written beside this file, in `words.toml`. This file knows nothing of presets and rules.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
+from importlib.resources import files
 
 from torch import nn
 
 from nerine.model.candidates import Candidate, candidates_of
+from nerine.model.toml import parse
 
-__all__ = ["ROLES", "Structure", "Words"]
-
-Words = Mapping[str, Mapping[str, Sequence[str]]]
+__all__ = ["ROLES", "WEIGHTS", "Structure"]
 
 ROLES = ("block", "transformer", "convolution", "attention", "query", "key", "value", "feed_forward", "down")
 _LISTS = (nn.ModuleList, nn.Sequential)
-_WEIGHTS = ("linear", "conv", "transposed")
+WEIGHTS = ("linear", "conv", "transposed")
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class _Node:
     def is_composite(self) -> bool:
         """Whether it is more than a layer or a row of layers."""
         if self.is_layer or not self.weights:
-            return False
+            return isinstance(self.module, nn.MultiheadAttention)
         return not self.is_list or any(child.is_composite for child in self.below)
 
     @cached_property
@@ -83,9 +83,10 @@ class Structure:
     them); `feed_forward` in a group of layers that leads to another width and back, where `down` leads back.
     """
 
-    def __init__(self, model: nn.Module, words: Words) -> None:
-        self.words = words
-        self.candidates = {c.path: c for c in candidates_of(model) if c.layer_kind in _WEIGHTS}
+    def __init__(self, model: nn.Module) -> None:
+        words = files("nerine.model").joinpath("words.toml").read_text(encoding="utf-8")
+        self.words: Mapping[str, Mapping[str, Sequence[str]]] = parse(words, "words.toml")
+        self.candidates = {c.path: c for c in candidates_of(model) if c.layer_kind in WEIGHTS}
         self.roles: dict[str, set[str]] = {path: set() for path in self.candidates}
         self.root = self._tree(model)
         self._attentions: dict[int, bool] = {}
@@ -136,12 +137,19 @@ class Structure:
             return
         inner = [node for child in block.below for node in self._inner(child)]
         if any(not self._has_attention(node) and any(map(_is_spatial, node.weights)) for node in inner):
-            for node in inner:
-                self._read(node)
+            self._read_stage(block)
             return
         self._mark(block.weights, "transformer")
         self._read_attention(block)
         self._read_feed_forward(block)
+
+    def _read_stage(self, stage: _Node) -> None:
+        """Read the parts of a stage one by one, those that are in no list of blocks too."""
+        for child in stage.below:
+            if child.is_block or not any(True for _ in self._inner(child)):
+                self._read(child)
+            else:
+                self._read_stage(child)
 
     def _inner(self, node: _Node) -> Iterator[_Node]:
         """The outermost repeated blocks at or below a part of a block."""
@@ -167,8 +175,7 @@ class Structure:
         return all(any(self._says(n, "attention", part) for n in names) for part in ("query", "key", "value"))
 
     def _is_hint(self, node: _Node) -> bool:
-        """Whether it normalises queries or keys, or holds parameters that make them: an attention whatever its layers are
-        called."""
+        """Whether it shows an attention whose layers do not: it normalises queries, or has parameters for them."""
         parts = [child.name for child in node.below if not child.weights]
         if any("norm" in name.lower() and self._says(name, "attention", "normalised") for name in parts):
             return True

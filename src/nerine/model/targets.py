@@ -17,13 +17,14 @@ from nerine.model.candidates import Candidate, candidates_of, every_spot, spot_a
 from nerine.model.layer import layer_kind
 from nerine.model.mount import Spot
 from nerine.model.patterns import Match, Predicate, is_explicit, lineage, matches
-from nerine.model.presets import PRESETS, choose, is_preset, preset_of
+from nerine.model.presets import PRESETS, choose, is_preset, preset_of, why_nothing
 from nerine.model.rules import Rule
 from nerine.model.rules_file import read_rules
 
-__all__ = ["PRESETS", "Match", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches", "spot_at"]
+__all__ = ["PRESETS", "Match", "Rule", "Target", "Targets", "What", "every_spot", "find_targets", "matches", "spot_at"]
 
 Targets = Match | Sequence[Match]
+What = Algorithm | Sequence[Rule] | str | os.PathLike[str]
 
 
 def _of_kind(*kinds: str) -> Predicate:
@@ -41,7 +42,7 @@ class Target:
     algorithm: Algorithm
 
 
-def _as_rules(what: Algorithm | Sequence[Rule] | str | os.PathLike[str]) -> list[Rule]:
+def _as_rules(what: What) -> list[Rule]:
     if isinstance(what, Algorithm):
         return [Rule(lambda path, module: True, what)]
     if isinstance(what, os.PathLike) or (isinstance(what, str) and what.endswith(".toml")):
@@ -73,17 +74,19 @@ def _as_matches(targets: Targets) -> list[Match]:
 class _Question:
     """Targets and rules put to the candidates of one model; each preset among them is worked out once."""
 
-    def __init__(self, model: nn.Module, wanted: Sequence[Match], rules: Sequence[Rule]) -> None:
-        self.model, self.rules = model, list(rules)
-        self.out = [match[1:] for match in wanted if isinstance(match, str) and match.startswith("!")]
-        self.wanted = [match for match in wanted if not (isinstance(match, str) and match.startswith("!"))] or ["all"]
+    def __init__(self, model: nn.Module, targets: Sequence[Match], rules: Sequence[Rule]) -> None:
+        self.model = model
+        self.out = [match[1:] for match in targets if isinstance(match, str) and match.startswith("!")]
+        self.wanted = [match for match in targets if not (isinstance(match, str) and match.startswith("!"))] or ["all"]
         named = [*self.wanted, *self.out, *(rule.match for rule in rules)]
-        self.chosen = {m: choose(model, preset_of(m)) for m in named if isinstance(m, str) and is_preset(m)}
+        self.presets = {m: preset_of(m) for m in named if isinstance(m, str) and is_preset(m)}
+        self.chosen = {name: choose(model, preset) for name, preset in self.presets.items()}
         self.paths = {name: frozenset(chosen.paths) for name, chosen in self.chosen.items()}
-        self.patterns = [m for m in named if isinstance(m, str) and m not in self.chosen]
-        self.only_presets = all(m in self.chosen for m in self.wanted if isinstance(m, str)) and not any(
-            not isinstance(m, str) for m in self.wanted
-        )
+        self.patterns = [m for m in named if isinstance(m, str) and m not in self.presets]
+        self.only_presets = all(map(self._is_preset, self.wanted))
+
+    def _is_preset(self, match: Match) -> bool:
+        return isinstance(match, str) and match in self.presets
 
     def says(self, match: Match, candidate: Candidate) -> bool:
         """Whether a match means a candidate."""
@@ -97,38 +100,31 @@ class _Question:
         if any(self.says(match, candidate) for match in self.out):
             return False
         return any(
-            self.says(match, candidate) or (candidate.is_lone and isinstance(match, str) and match in self.chosen)
-            for match in self.wanted
+            self.says(match, candidate) or (candidate.is_lone and self._is_preset(match)) for match in self.wanted
         )
 
     def is_explicit(self, candidate: Candidate) -> bool:
         """Whether the targets mean this very layer, and not only something above it."""
-        named = (match for match in self.wanted if not (isinstance(match, str) and match in self.chosen))
+        named = (match for match in self.wanted if not self._is_preset(match))
         return any(is_explicit(match, candidate.path, candidate.module) for match in named)
 
     def suited(self, rule: Rule, candidate: Candidate) -> Rule:
         """A rule with what presets ask of its algorithm on this layer."""
+        asked = [self.chosen[m] for m in (*self.wanted, rule.match) if isinstance(m, str) and m in self.chosen]
         algorithm = rule.algorithm
-        asked = [*self.wanted, rule.match]
-        on_input = any(
-            isinstance(m, str) and m in self.chosen and candidate.path in self.chosen[m].on_input for m in asked
-        )
-        if on_input and isinstance(algorithm, IA3) and not algorithm.on_input:
+        if isinstance(algorithm, IA3) and any(candidate.path in chosen.on_input for chosen in asked):
             return replace(rule, algorithm=replace(algorithm, on_input=True))
         return rule
 
 
 def find_targets(
-    model: nn.Module,
-    what: Algorithm | Sequence[Rule] | str | os.PathLike[str],
-    targets: Targets,
-    train_norm: bool = False,
+    model: nn.Module, what: What, targets: Targets, train_norm: bool = False
 ) -> tuple[list[Target], dict[str, str]]:
     """The weights to adapt, in the order of the model, and those left out with the reason.
 
     Raises:
         TargetError: nothing is left, or two chosen layers share one weight.
-        OptionError: `what` is neither an algorithm nor rules.
+        OptionError: `what` is neither an algorithm nor rules, or targets are no such.
     """
     rules = _as_rules(what)
     question = _Question(model, _as_matches(targets), rules)
@@ -189,6 +185,8 @@ def _nothing_matched(
     if skipped:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:5])
         return f"every layer of {name} that the targets match was left out. {reasons}"
+    if question.only_presets and not any(question.paths.values()):
+        return why_nothing(model, next(iter(question.presets.values())))
     patterns = question.patterns
     names = {part for c in candidates for part in c.path.split(".") if not part.isdigit()}
     shown = ", ".join(f"{c.path} ({c.kind})" for c in candidates[:6])

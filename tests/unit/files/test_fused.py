@@ -157,7 +157,7 @@ def test_from_split_to_fused(name: str, algorithm: str, dialect: str, tmp_path: 
 def test_from_fused_to_split(name: str, algorithm: str, tmp_path: Path) -> None:
     """The reader of the model that has it in pieces takes what it needs of each."""
     split, fused = split_model(name), fused_model(name)
-    targets = "qkv" if algorithm == "LoKr" else "full"  # whose pieces are whole blocks of it
+    targets = "qkv" if algorithm == "LoKr" else "all"  # whose pieces are whole blocks of it
     stirred(nerine.attach(fused, FROM_FUSED[algorithm], targets=targets))
     nerine.save(nerine.Network.of(fused), tmp_path / "a.safetensors", dialect="kohya")
     network = nerine.load(split, tmp_path / "a.safetensors")

@@ -51,6 +51,10 @@ ALL = ["conv_in", *(f"{b}.{layer}" for b in ("mid_block", "blocks.0", "blocks.1"
     ("targets", "want"),
     [
         ("all", ALL),
+        ("full", ALL[1:]),
+        ("attn-only", [p for p in ALL if ".attn" in p]),
+        ("ia3", [p for p in ALL if p.endswith(("to_k", "to_v", "ff.2"))]),
+        (["attn-only", "conv_in", "!attn2"], [p for p in ALL if p == "conv_in" or ".attn1" in p]),
         ("full-lin", ALL[1:]),
         ("to_q", [p for p in ALL if p.endswith("to_q")]),
         ("attn1", [p for p in ALL if ".attn1." in p]),

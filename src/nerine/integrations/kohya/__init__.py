@@ -77,6 +77,7 @@ def create_network_from_weights(
         report, fittings = read_fittings(view(network.parts), source, Choice())
         tensors = weights_sd if weights_sd is not None else {key: source.read(key) for key in source.keys}
     network.fill(fittings, report, tensors, Noise(**_noise(given, for_inference)), given)
+    network.train(not for_inference)  # programs that only make pictures never say so
     return network, tensors
 
 

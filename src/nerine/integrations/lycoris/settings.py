@@ -66,8 +66,21 @@ _DECOMPOSED = ("lora", "locon", "loha", "lokr")  # what LyCORIS's `dora_wd` acts
 DEPRECATED = {"use_cp": "use_tucker", "use_conv_cp": "use_tucker", "constrain": "constraint"}
 _SAME = {"weight_decompose": "dora_wd", "wd_on_out": "wd_on_output", "rescale": "rescaled", "lora_dim": "dim"}
 
+
+def _algorithm(name: str, value: Any) -> str | None:
+    """The name of an algorithm.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    text = as_text(name, value)
+    if text is not None and text.lower() not in ALGORITHMS:
+        raise OptionError(f"{name}: no algorithm is called {text!r}. {nearest(text.lower(), ALGORITHMS)}")
+    return None if text is None else text.lower()
+
+
 LAYER_OPTIONS: Mapping[str, Reader] = {
-    "algo": as_text,
+    "algo": _algorithm,
     "dim": as_int,
     "alpha": as_float,
     "dropout": as_float,
@@ -118,11 +131,9 @@ def algorithm_for(options: Mapping[str, Any], site: Site) -> Algorithm:
     """The algorithm that parsed `options` mean for a layer.
 
     Raises:
-        OptionError: an unknown algorithm, or a value out of range.
+        OptionError: a value out of range.
     """
-    name = (options.get("algo") or "lora").lower()
-    if name not in ALGORITHMS:
-        raise OptionError(f"algo: no algorithm is called {name!r}. {nearest(name, ALGORITHMS)}")
+    name = options.get("algo") or "lora"
     inner = _plain("lora" if name == "dora" else name, options, site)
     wanted = bool(options.get("dora_wd")) or name == "dora"
     if not wanted or name not in (*_DECOMPOSED, "dora"):
@@ -132,7 +143,7 @@ def algorithm_for(options: Mapping[str, Any], site: Site) -> Algorithm:
 
 def ignores(options: Mapping[str, Any]) -> str:
     """What of the options has no effect on this algorithm, in words; LyCORIS says nothing there."""
-    name = (options.get("algo") or "lora").lower()
+    name = options.get("algo") or "lora"
     if options.get("dora_wd") and name not in (*_DECOMPOSED, "dora"):
         return f"dora_wd has no effect on {name}, as in LyCORIS; it acts on {', '.join(_DECOMPOSED)}"
     return ""

@@ -461,7 +461,8 @@ class LycorisNetwork(nn.Module):
             return self._take(source)
 
     def _take(self, source: Source) -> dict[str, list[str]]:
-        self.report, found = read_params({m.spot.path: (m.spot, m.adapter) for m in self.loras}, source, Choice())
+        placed = {lora.spot.path: (lora.spot, lora.adapter) for lora in self.loras}
+        self.report, found = read_params(self.__dict__["model"], placed, source, Choice())
         if self.network is not None:
             self.network.not_merged("load tensors")
         by_path = {lora.spot.path: lora for lora in self.loras}

@@ -18,22 +18,13 @@ from torch import nn
 from nerine.errors import OptionError, TargetError, nearest
 from nerine.model.candidates import Candidate, candidates_of
 from nerine.model.patterns import lineage, matches
-from nerine.model.structure import ROLES, Structure
+from nerine.model.structure import ROLES, WEIGHTS, Structure
 from nerine.model.toml import check_keys, parse, words_of
 
-__all__ = ["PRESETS", "Chosen", "Preset", "choose", "is_preset", "preset_of", "select"]
+__all__ = ["PRESETS", "Chosen", "Preset", "choose", "is_preset", "preset_of", "select", "why_nothing"]
 
-PRESETS: Mapping[str, str] = {
-    "all": "all.toml",
-    "full": "full.toml",
-    "full-lin": "full-lin.toml",
-    "attn-mlp": "attn-mlp.toml",
-    "attn-only": "attn-only.toml",
-    "unet-only": "unet-only.toml",
-    "unet-transformer-only": "unet-transformer-only.toml",
-    "unet-convblock-only": "unet-convblock-only.toml",
-    "ia3": "ia3.toml",
-}
+_HOME = files("nerine.model.presets")
+PRESETS = tuple(sorted(file.name[:-5] for file in _HOME.iterdir() if file.name.endswith(".toml")))
 _COMPONENTS = ("denoiser", "text_encoder")
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "denoiser", "diffusion_model", "dit")
 _KINDS = ("linear", "pointwise", "conv")
@@ -43,9 +34,9 @@ _KINDS = ("linear", "pointwise", "conv")
 class Section:
     """What a preset takes of one kind of model.
 
-    `where` are roles of `nerine.model.structure`, "blocks" or "model", and `kinds` what is taken there: "linear",
-    "pointwise" (convolutions of 1x1) and "conv" (larger ones). `unet` are patterns taken besides where the model has
-    blocks of convolutions, `leave_out` patterns never taken. `otherwise` stands for `where` in a model without blocks.
+    `where` are roles of `nerine.model.structure` or "model", and `kinds` what is taken there: "linear",
+    "pointwise" (convolutions of 1x1) and "conv" (larger ones). `unet` are paths taken besides where a model has blocks
+    of convolutions, `leave_out` patterns never taken. `otherwise` stands for `where` in a model without blocks.
     On the layers of the roles `on_input`, an algorithm that can act on the input does.
     """
 
@@ -64,6 +55,12 @@ class Preset:
     name: str
     about: str
     sections: Mapping[str, Section] = field(default_factory=dict)
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it takes everything of whatever it is put to, so that nothing has to be worked out."""
+        whole = Section(where=("model",), kinds=_KINDS)
+        return all(self.sections.get(part) == whole for part in _COMPONENTS)
 
     @staticmethod
     def read(text: str, name: str) -> Preset:
@@ -101,7 +98,7 @@ def preset_of(word: str) -> Preset:
         OptionError: there is none.
     """
     if word in PRESETS:
-        return Preset.read(_own(PRESETS[word]), word)
+        return Preset.read(_HOME.joinpath(f"{word}.toml").read_text(encoding="utf-8"), word)
     if not word.endswith(".toml"):
         raise OptionError(f"no preset is called {word!r}. {nearest(word, PRESETS)}")
     try:
@@ -121,32 +118,32 @@ def select(model: nn.Module, preset: str, component: str = "") -> tuple[str, ...
         OptionError: no such preset or component.
         TargetError: it chooses nothing here.
     """
-    return choose(model, preset_of(preset), component).paths
+    found = preset_of(preset)
+    paths = choose(model, found, component).paths
+    if not paths:
+        raise TargetError(why_nothing(model, found, component))
+    return paths
 
 
 def choose(model: nn.Module, preset: Preset, component: str = "") -> Chosen:
-    """As `select`, with what is adapted on its input."""
+    """As `select`, with what is adapted on its input; nothing is no error."""
     if component not in ("", *_COMPONENTS):
         raise OptionError(f"component must be 'denoiser', 'text_encoder' or '', got {component!r}")
-    parts = _parts(model) if not component else {}
+    parts = {} if component or preset.takes_all else _parts(model)
     paths: list[str] = []
     on_input: set[str] = set()
     for name, part in parts.items() if parts else [("", component)]:
-        root = model.get_submodule(name)
         lead = f"{name}." if name else ""
-        found = _choose_in(root, preset, part)
+        found = _choose_in(model.get_submodule(name), preset, part)
         paths += [f"{lead}{path}" for path in found.paths]
         on_input |= {f"{lead}{path}" for path in found.on_input}
-    if not paths:
-        raise TargetError(_nothing(model, preset, parts, component))
     return Chosen(tuple(paths), frozenset(on_input))
 
 
 def _choose_in(model: nn.Module, preset: Preset, component: str) -> Chosen:
-    if all(section.where == ("model",) for section in preset.sections.values()) and len(preset.sections) == 2:
-        plain = [c.path for c in candidates_of(model) if c.layer_kind in ("linear", "conv", "transposed")]
-        return Chosen(tuple(plain))
-    structure = Structure(model, parse(_own("words.toml"), "words.toml"))
+    if preset.takes_all:
+        return Chosen(tuple(c.path for c in candidates_of(model) if c.layer_kind in WEIGHTS))
+    structure = Structure(model)
     component = component or ("text_encoder" if structure.is_text_encoder() else "denoiser")
     section = preset.sections.get(component, Section())
     where = set(section.where)
@@ -158,15 +155,11 @@ def _choose_in(model: nn.Module, preset: Preset, component: str) -> Chosen:
         roles = structure.roles[path] | {"model"}
         above = lineage(model, path)
         taken = bool(where & roles) and _kind(candidate) in section.kinds
-        besides = is_unet and any(path == pattern for pattern in section.unet)
+        besides = is_unet and path in section.unet
         left = any(matches(pattern, path, candidate.module, above) for pattern in section.leave_out)
         if (taken or besides) and not left:
             paths.append(path)
     return Chosen(tuple(paths), frozenset(p for p in paths if structure.roles[p] & set(section.on_input)))
-
-
-def _own(name: str) -> str:
-    return files("nerine.model.presets").joinpath(name).read_text(encoding="utf-8")
 
 
 def _section(table: Any, where: str) -> Section:
@@ -202,15 +195,16 @@ def _kind(candidate: Candidate) -> str:
     return "conv" if any(k > 1 for k in candidate.holder.kernel_size) else "pointwise"  # type: ignore[union-attr]
 
 
-def _nothing(model: nn.Module, preset: Preset, parts: Mapping[str, str], component: str) -> str:
-    """Why a preset chooses nothing."""
-    candidates = [c for c in candidates_of(model) if c.layer_kind in ("linear", "conv", "transposed")]
+def why_nothing(model: nn.Module, preset: Preset, component: str = "") -> str:
+    """What to say where a preset chooses nothing."""
+    candidates = [c for c in candidates_of(model) if c.layer_kind in WEIGHTS]
     name = type(model).__name__
     if not candidates:
         return f"{name} has no layer of a kind that nerine knows, so there is nothing to adapt"
     shown = ", ".join(f"{c.path} ({c.kind})" for c in candidates[:6])
     end = f"Candidates: {shown}{', ...' if len(candidates) > 6 else ''} ({len(candidates)} in all)"
-    only = set(_COMPONENTS) - set(preset.sections)
-    if only and not parts and not component:
-        end = f"It takes nothing of text encoders; is this one? component says what a model is. {end}"
+    if "text_encoder" not in preset.sections and not component and not _parts(model):
+        end = (
+            f"It takes nothing of text encoders, as which a model counts that embeds tokens and has no time step. {end}"
+        )
     return f"the preset {preset.name!r} ({preset.about}) chooses no layer of {name}. {end}"

@@ -23,12 +23,14 @@ from nerine.files.reading import read_checkpoint
 from nerine.files.reports import LoadReport, SaveReport
 from nerine.files.store import Outgoing, Source
 from nerine.files.writing import lay_out
-from nerine.model.adapter import Noise, check_strength
+from nerine.model.adapter import Noise
 from nerine.model.fitting import Fitting, check_name, fit_in
 from nerine.model.mount import Mount, Spot, bias_at, original_at, settle, weight_at
 from nerine.model.network import Network
 from nerine.model.offload import present
+from nerine.model.pipeline import HasComponents, as_model
 from nerine.model.sharded import at_rest, check_engines, is_split, only_first, whole
+from nerine.model.strengths import Strength, check_strengths, strengths_at
 from nerine.model.targets import every_spot, spot_at
 from nerine.ops.precision import is_finite
 from nerine.site import Site
@@ -98,19 +100,17 @@ def _held(outgoing: Outgoing) -> Outgoing:
 
 def _layers(network: Network) -> dict[str, Layer]:
     layers = {}
-    for holder, mount, _, adapter in network.placed():
+    for path, holder, mount, _, adapter in network.located():
         settle(holder, mount)
         if adapter.pending == "start":
-            raise DeviceError(
-                f"{mount.path}: the base is on meta, so its adapter has no values yet; load its weights first"
-            )
+            raise DeviceError(f"{path}: the base is on meta, so its adapter has no values yet; load its weights first")
         original = original_at(holder, mount).detach()
         with torch.no_grad():
             p = adapter.folded()
             if not adapter.site.experts:
                 p = adapter.algorithm.for_file(p.filled(t.to(original.device) for t in p.tensors.values()), original)
         params = p.filled(t.detach() for t in p.tensors.values())
-        layers[mount.path] = of_record(Record(adapter.algorithm, adapter.site, params), _base(holder, mount, params))
+        layers[path] = of_record(Record(adapter.algorithm, adapter.site, params), _base(holder, mount, params))
     return layers
 
 
@@ -136,10 +136,10 @@ def _notes(network: Network) -> list[str]:
 
 
 def load(
-    model: nn.Module | Network,
+    model: nn.Module | Network | HasComponents,
     file: str | os.PathLike[str],
     *,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     name: str = "default",
     own: bool = True,
     freeze: bool = True,
@@ -155,6 +155,9 @@ def load(
 ) -> Network:
     """Put the adapters of a file on `model`, or copy them into a `Network` that is attached already (to resume).
 
+    A pipeline of diffusers is a model as well: its denoisers and text encoders get their adapters together, and its
+    layers are called "unet.down_blocks...". `strength` is one number, or numbers by pattern as in
+    `Network.set_strength`, {"unet": 0.8, "text_encoder": 0.4}; layers that no pattern matches get 1.
     `file` may be in any dialect; which one is worked out from its keys, or is `dialect`. PEFT's is a folder. Where the
     file has adapters for several parts of a pipeline that this model could be, `component` says which it is ("unet",
     "text_encoder", "text_encoder_2", ...). `dtype` is the number format in which the adapters are kept: fp32 (None) is
@@ -176,9 +179,8 @@ def load(
     choice = _Choice(strict, dialect, component, allow_pickle, tuple(algorithms))
     if isinstance(model, Network):
         return _resume(model, file, choice)
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"load: expected a torch.nn.Module or a Network, got {type(model).__name__}")
-    check_strength(strength)
+    model = as_model(model, "load", ", a Network")
+    check_strengths(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
     check_engines(model)
@@ -189,7 +191,7 @@ def load(
 
 
 def _fittings(
-    model: nn.Module, file: str | os.PathLike[str], choice: _Choice, dtype: torch.dtype | None, strength: float
+    model: nn.Module, file: str | os.PathLike[str], choice: _Choice, dtype: torch.dtype | None, strength: Strength
 ) -> tuple[LoadReport, list[Fitting]]:
     """The adapters of a file for the layers of `model`, in memory one after the other."""
     fittings, notes = [], []
@@ -198,11 +200,14 @@ def _fittings(
         checkpoint = _read(source, {path: spot.site for path, spot in spots.items()}, choice)
         spots = {path: spot_at(spots, path) for path in checkpoint.layers}
         check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
+        wanted = strengths_at(strength, [(path, spot.holder) for path, spot in spots.items()])
         with present(model):
-            for path, layer in checkpoint.layers.items():
+            for (path, layer), own in zip(checkpoint.layers.items(), wanted, strict=True):
                 record, note = _completed(layer, spots[path], dtype)
                 notes += [f"{path}: {note}"] if note else []
-                fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=strength))
+                fittings.append(
+                    Fitting(spots[path], record.algorithm, record.params, strength=1.0 if own is None else own)
+                )
     return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), fittings
 
 
@@ -269,7 +274,7 @@ def _read(source: Source, sites: Mapping[str, Site], choice: _Choice, wanted: It
 def _resume(network: Network, file: str | os.PathLike[str], choice: _Choice) -> Network:
     if len(network.names) != 1:
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
-    placed = {mount.path: (holder, mount, adapter) for holder, mount, _, adapter in network.placed()}
+    placed = {path: (holder, mount, adapter) for path, holder, mount, _, adapter in network.located()}
     sites = {path: adapter.site for path, (*_, adapter) in placed.items()}
     found, notes = {}, []
     with open_adapter(file, allow_pickle=choice.allow_pickle) as source:

@@ -14,22 +14,10 @@ from typing import NamedTuple
 from nerine.files.names import aliases, flatten
 from nerine.files.pieces import Stem
 from nerine.files.rows import Span
+from nerine.parts import PARTS
 from nerine.site import Site
 
-__all__ = ["COMPONENTS", "Index", "Match", "Place", "component_of", "split_parts"]
-
-# What hosts call the parts of a pipeline: the component that it is.
-COMPONENTS: Mapping[str, str] = {
-    "unet": "denoiser",
-    "transformer": "denoiser",
-    "prior": "denoiser",
-    "diffusion_model": "denoiser",
-    "denoiser": "denoiser",
-    "text_encoder": "text_encoder",
-    "text_encoder_1": "text_encoder",
-    "text_encoder_2": "text_encoder_2",
-    "text_encoder_3": "text_encoder_3",
-}
+__all__ = ["Index", "Match", "Place", "component_of", "split_parts"]
 
 
 class Place(NamedTuple):
@@ -50,7 +38,7 @@ class Match:
 
 def component_of(name: str) -> str:
     """The component that an attribute of a pipeline holds; empty where it is none."""
-    return COMPONENTS.get(name, "")
+    return PARTS.get(name, "")
 
 
 def split_parts(paths: Iterable[str]) -> dict[str, list[str]]:

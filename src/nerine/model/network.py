@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from nerine.errors import MergeError, OptionError, ShapeError, TargetError, nearest
-from nerine.model.adapter import Adapter, check_strength
+from nerine.model.adapter import Adapter
 from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
 from nerine.model.merge import forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, settle, weight_at
+from nerine.model.mount import Mount, adapters_of, mounts_of, path_in, settle, weight_at
 from nerine.model.offload import Groups
+from nerine.model.pipeline import HasComponents, as_model, named_layers
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
 from nerine.model.sharded import at_rest, copy_into, shape_of
-from nerine.model.targets import Match, matches
+from nerine.model.strengths import Strength, strengths_at
+from nerine.model.targets import Match
 
 __all__ = ["Network"]
 
@@ -61,12 +63,13 @@ class Network:
         self._holders: dict[str, str] = {}  # path and class of the modules that got adapters, to notice their loss
 
     @classmethod
-    def of(cls, model: nn.Module) -> Network:
-        """A handle on every adapter in `model`.
+    def of(cls, model: nn.Module | HasComponents) -> Network:
+        """A handle on every adapter in `model`, a module or a pipeline.
 
         Raises:
             TargetError: there is none.
         """
+        model = as_model(model, "Network.of")
         names = dict.fromkeys(
             name for holder in model.modules() for mount in mounts_of(holder) for name, _ in adapters_of(holder, mount)
         )
@@ -92,15 +95,15 @@ class Network:
     def idle(self) -> tuple[str, ...]:
         """The adapted layers that no forward has executed yet, once one has executed others (compiled ones do not
         count): their adapters learn nothing and change nothing."""
-        mounts = [mount for _, mount in self._mounts()]
-        return tuple(mount.path for mount in mounts if not mount.has_run) if any(m.has_run for m in mounts) else ()
+        mounts = [(path, mount.has_run) for path, _, mount in self._mounts()]
+        return tuple(path for path, has_run in mounts if not has_run) if any(has_run for _, has_run in mounts) else ()
 
     # -- what it holds -------------------------------------------------------------------------------------------
-    def _mounts(self) -> Iterator[tuple[nn.Module, Mount]]:
+    def _mounts(self) -> Iterator[tuple[str, nn.Module, Mount]]:
         self._check_still_there()
-        for holder in self.model.modules():
+        for path, holder in named_layers(self.model):
             for mount in mounts_of(holder):
-                yield holder, mount
+                yield path_in(path, mount), holder, mount
 
     def _check_still_there(self) -> None:
         """Whether each adapted module is still in the model; some tools put others in the place of layers.
@@ -122,15 +125,20 @@ class Network:
 
     def adapters(self) -> Iterator[tuple[str, str, Adapter]]:
         """(path of the layer, adapter name, adapter), in the order of the model."""
-        for _, mount, name, adapter in self.placed():
-            yield mount.path, name, adapter
+        for path, _, _, name, adapter in self.located():
+            yield path, name, adapter
 
     def placed(self) -> Iterator[tuple[nn.Module, Mount, str, Adapter]]:
         """The same with the module that holds the weight and its mount, for who works on weights."""
-        for holder, mount in self._mounts():
+        for _, holder, mount, name, adapter in self.located():
+            yield holder, mount, name, adapter
+
+    def located(self) -> Iterator[tuple[str, nn.Module, Mount, str, Adapter]]:
+        """Both: path, holder, mount, name and adapter."""
+        for path, holder, mount in self._mounts():
             for name, adapter in adapters_of(holder, mount):
                 if name in self.names:
-                    yield holder, mount, name, adapter
+                    yield path, holder, mount, name, adapter
 
     def __len__(self) -> int:
         return sum(1 for _ in self.adapters())
@@ -244,17 +252,17 @@ class Network:
         The first forward does so too, except under `fully_shard`: there every process must call this before it.
         """
         at_rest(self.model)
-        for holder, mount in self._mounts():
+        for _, holder, mount in self._mounts():
             settle(holder, mount)
 
     @torch.no_grad()
     def norms(self) -> NormReport:
         """How far each adapter has moved its weight, and the gradients it has now."""
         found = []
-        for h, mount, _, adapter in self.placed():
-            settle(h, mount)
-            weight = weight_at(h, mount).detach()
-            found.append((mount.path, adapter.size(weight), _norm([weight]), _norm(_grads(adapter))))
+        for path, holder, mount, _, adapter in self.located():
+            settle(holder, mount)
+            weight = weight_at(holder, mount).detach()
+            found.append((path, adapter.size(weight), _norm([weight]), _norm(_grads(adapter))))
         columns = [_numbers([row[i] for row in found]) for i in (1, 2, 3)]  # type: ignore[misc]
         return NormReport(tuple(zip((row[0] for row in found), *columns, strict=True)))
 
@@ -271,37 +279,53 @@ class Network:
     def strength(self, value: float) -> None:
         self.set_strength(value)
 
-    def set_strength(self, value: float, match: Match | None = None) -> int:
+    def set_strength(self, value: Strength, match: Match | None = None) -> int:
         """Set the strength of all adapters, or of those at layers that `match`; returns how many were set.
+
+        `value` may be numbers by pattern, {"unet": 0.8, "unet.up_blocks": 1.0}; the last that matches a layer counts,
+        and layers that none matches stay as they are.
 
         Raises:
             MergeError: they are merged, so their strength is fixed in the weights.
             TargetError: no layer matches.
         """
         self.not_merged("change the strength")
-        check_strength(value)
-        chosen = [a for h, m, _, a in self.placed() if match is None or matches(match, m.path, h)]
-        if not chosen:
-            raise TargetError(f"no adapted layer matches {match!r}")
-        for adapter in chosen:
-            adapter.strength = float(value)
-        return len(chosen)
+        if match is not None:
+            if isinstance(value, Mapping):
+                raise OptionError("set_strength: strengths by pattern say which layers they mean; leave match out")
+            value = {match: value}
+        found = list(self.located())
+        wanted = strengths_at(value, [(path, holder) for path, holder, *_ in found])
+        for (*_, adapter), strength in zip(found, wanted, strict=True):
+            adapter.strength = adapter.strength if strength is None else strength
+        return sum(strength is not None for strength in wanted)
+
+    @contextmanager
+    def at_strength(self, value: Strength, match: Match | None = None) -> Iterator[None]:
+        """Another strength for the length of a `with` block."""
+        before = [(adapter, adapter.strength) for *_, adapter in self.adapters()]
+        self.set_strength(value, match)
+        try:
+            yield
+        finally:
+            for adapter, strength in before:
+                adapter.strength = strength
 
     def off(self) -> None:
         """Switch the adapters off; the model is bitwise the base again (unless they are merged)."""
         self.not_merged("switch off")
-        for _, mount in self._mounts():
+        for *_, mount in self._mounts():
             mount.off.update(self.names)
 
     def on(self) -> None:
         """Switch the adapters on again."""
-        for _, mount in self._mounts():
+        for *_, mount in self._mounts():
             mount.off.difference_update(self.names)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Without the adapters for the length of a `with` block."""
-        before = [(mount, set(mount.off)) for _, mount in self._mounts()]
+        before = [(mount, set(mount.off)) for *_, mount in self._mounts()]
         self.off()
         try:
             yield
@@ -313,7 +337,7 @@ class Network:
     @property
     def is_merged(self) -> bool:
         """Whether any of the adapters is in the weights now."""
-        return any(set(self.names) & set(mount.merged) for _, mount in self._mounts())
+        return any(set(self.names) & set(mount.merged) for *_, mount in self._mounts())
 
     def not_merged(self, doing: str) -> None:
         """Raise `MergeError` where the adapters are merged, for work that would have no effect then."""
@@ -341,11 +365,11 @@ class Network:
         done: list[tuple[nn.Module, Mount]] = []
         rows = []
         try:
-            for holder, mount in self._mounts():
+            for path, holder, mount in self._mounts():
                 if any(name in names and name not in mount.off for name, _ in adapters_of(holder, mount)):
                     largest, relative = merge_layer(holder, mount, names - mount.off)
                     done.append((holder, mount))
-                    rows.append((mount.path, largest, relative))
+                    rows.append((path, largest, relative))
         except BaseException:
             for holder, mount in done:
                 unmerge_layer(holder, mount, names)
@@ -364,7 +388,7 @@ class Network:
         if not self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is not merged")
         at_rest(self.model)
-        for holder, mount in self._mounts():
+        for _, holder, mount in self._mounts():
             unmerge_layer(holder, mount, set(self.names))
 
     def detach(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nerine.algorithms import Algorithm, prefers_weight
+from nerine.model.pipeline import HasComponents, as_model
 from nerine.model.targets import Rule, Targets, find_targets
 from nerine.site import Site
 from nerine.tables import table
@@ -79,7 +80,11 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, what: Algorithm | Sequence[Rule], *, targets: Targets = "full", train_norm: bool = False
+    model: nn.Module | HasComponents,
+    what: Algorithm | Sequence[Rule],
+    *,
+    targets: Targets = "full",
+    train_norm: bool = False,
 ) -> Plan:
     """What `attach` with the same arguments would do, layer by layer; the model is not touched.
 
@@ -87,6 +92,7 @@ def plan(
         TargetError: no layer matches.
         OptionError: `what` is neither an algorithm nor a list of rules.
     """
+    model = as_model(model, "plan")
     chosen, skipped = find_targets(model, what, targets, train_norm)
     rows = []
     for target in chosen:

@@ -19,6 +19,7 @@ from nerine.errors import OptionError, TargetError, UnsupportedBase, nearest
 from nerine.model.adapter import check_strength
 from nerine.model.layer import is_layer, kind_of, layer_kind, parameter_site, projections, site_of
 from nerine.model.mount import Spot
+from nerine.model.pipeline import named_layers
 from nerine.site import Site
 
 __all__ = ["PRESETS", "Rule", "Target", "Targets", "every_spot", "find_targets", "matches", "spot_at"]
@@ -180,7 +181,7 @@ class _Candidate:
 def _candidates(model: nn.Module, patterns: Sequence[str]) -> Iterator[_Candidate]:
     """Layers, the projections of attention blocks, and parameters that stand alone where a pattern ends in them."""
     inside: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in named_layers(model):
         if ".nerine" in f".{path}" or id(module) in inside:
             continue
         if isinstance(module, nn.MultiheadAttention):

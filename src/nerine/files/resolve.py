@@ -84,12 +84,14 @@ class Index:
             return found
         return [match for match in found if match.name == stem.name] or found
 
-    def parts_for(self, component: str) -> list[str]:
-        """The parts of the model in which names of `component` are looked up, the likeliest first."""
+    def parts_for(self, component: str, wanted: str = "") -> list[str]:
+        """The parts of the model in which names of `component` are looked up, the likeliest first: `wanted`, where
+        the model has a part of that name which could be it."""
+        first = [wanted] if wanted in self.parts and component in ("", component_of(wanted)) else []
         if not component:
-            return ["", *(part for part in self.parts if part)]
+            return list(dict.fromkeys([*first, "", *self.parts]))
         same = [part for part in self.parts if part and component_of(part) == component]
-        return list(dict.fromkeys([*same, *self.parts]))
+        return list(dict.fromkeys([*first, *same, *self.parts]))
 
 
 def _foreign(shapes: Mapping[str, Sequence[int]], lead: str) -> list[Match]:

@@ -20,6 +20,7 @@ from nerine.model.network import Network
 from nerine.model.offload import Groups, computes_on, present
 from nerine.model.pipeline import HasComponents, as_model, part_of
 from nerine.model.reports import AttachReport
+from nerine.model.saving import guard_saving
 from nerine.model.sharded import check_engines, made_alike
 from nerine.model.targets import Rule, Targets, find_targets
 from nerine.ops.precision import full_precision
@@ -168,6 +169,7 @@ def fit_in(
     network._holders = {p: type(m).__name__ for p, m in model.named_modules() if id(m) in holders}
     _note_shared(model)
     keep_from_fast_paths(model)
+    guard_saving(model)
     return network, len(network._unfreeze)
 
 

@@ -24,6 +24,7 @@ from nerine.model.mount import Mount, adapters_of, mounts_of, path_in, settle, w
 from nerine.model.offload import Groups
 from nerine.model.pipeline import HasComponents, as_model, named_layers
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
+from nerine.model.saving import free_saving
 from nerine.model.sharded import at_rest, copy_into, shape_of
 from nerine.model.strengths import Strength, strengths_at
 from nerine.model.targets import Match
@@ -398,6 +399,7 @@ class Network:
             for name in self.names:
                 take_off(module, name)
         restore_fast_paths(self.model)
+        free_saving(self.model)
         for parameter in self._unfreeze:
             parameter.requires_grad_(True)
         self._unfreeze = []

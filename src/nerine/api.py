@@ -31,6 +31,7 @@ from nerine.model.offload import present
 from nerine.model.pipeline import HasComponents, as_model
 from nerine.model.sharded import at_rest, check_engines, is_split, only_first, whole
 from nerine.model.strengths import Strength, check_strengths, strengths_at
+from nerine.model.swap import check_can_rest, padded, rest
 from nerine.model.targets import every_spot, spot_at
 from nerine.ops.precision import is_finite
 from nerine.site import Site
@@ -144,6 +145,7 @@ def load(
     own: bool = True,
     freeze: bool = True,
     strict: bool = False,
+    swap: bool = False,
     dialect: str | None = None,
     component: str | None = None,
     allow_pickle: bool = False,
@@ -166,8 +168,10 @@ def load(
 
     The returned network's `report` says which layers were matched, which keys were not used and why, and which layers
     the file should have had. With `strict` an unused key or missing layer is an error. The other settings are those
-    of `attach`; resuming keeps the network's own. `algorithms` are classes of your own that the file may hold beside
-    those of the registry. Loading twice is the same as loading once.
+    of `attach`; resuming keeps the network's own. With `swap` the file takes the place of the adapter in a `Network`
+    whose tensors stay, as compiled models want it: a smaller rank is filled with zeros, and layers that the file lacks
+    come to rest. `algorithms` are classes of your own that the file may hold beside those of the registry. Loading
+    twice is the same as loading once.
 
     Raises:
         FormatError: damaged, nothing matched, in no one dialect, or not complete under `strict`.
@@ -176,9 +180,11 @@ def load(
     """
     if dtype not in _DTYPES:
         raise OptionError(f"dtype must be torch.float32, float16, bfloat16, float64 or None, got {dtype!r}")
-    choice = _Choice(strict, dialect, component, allow_pickle, tuple(algorithms))
+    choice = _Choice(strict, swap, dialect, component, allow_pickle, tuple(algorithms))
     if isinstance(model, Network):
         return _resume(model, file, choice)
+    if swap:
+        raise OptionError("load: swap=True exchanges the tensors of a Network; hand over the one that is attached")
     model = as_model(model, "load", ", a Network")
     check_strengths(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
@@ -215,6 +221,7 @@ class _Choice(NamedTuple):
     """How a file is to be read."""
 
     strict: bool
+    swap: bool
     dialect: str | None
     component: str | None
     allow_pickle: bool
@@ -285,10 +292,16 @@ def _resume(network: Network, file: str | os.PathLike[str], choice: _Choice) -> 
                 spot = Spot(path, holder, adapter.site, mount.attr, mount.rows)
                 record, note = _completed(layer, spot)
                 notes += [f"{path}: {note}"] if note else []
-                found[path] = adapter.algorithm.from_file(record.params)
+                params = adapter.algorithm.from_file(record.params)
+                found[path] = padded(adapter, params) if choice.swap else params
                 adapter.check_same(record.algorithm, found[path])
+    left = [at for path, at in placed.items() if choice.swap and path not in found]
+    for holder, mount, adapter in left:
+        check_can_rest(adapter, weight_at(holder, mount))
     network.not_merged("load tensors")
     at_rest(network.model)
+    for *_, adapter in left:
+        rest(adapter)
     for path, params in found.items():
         placed[path][2].take(params)
     network.report = replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes))

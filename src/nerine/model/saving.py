@@ -1,8 +1,8 @@
 """`save_pretrained` of an adapted model: plain weights under plain keys, or an error, but no file that is neither.
 
 transformers and diffusers write whatever `state_dict` has, and adapters are children of their layers: the file would
-hold the base, and beside it tensors that no program reads. So a model with adapters gets a `save_pretrained` of its own,
-on the instance alone, and loses it with its last adapter. A merged model saves as the plain model that it computes.
+hold the base, and beside it tensors that no program reads. So a model with adapters gets a `save_pretrained` of its
+own, on the instance alone, and loses it with its last adapter. A merged model saves as the plain model it computes.
 Whoever hands over a `state_dict` argument, as transformers' Trainer does for its checkpoints, is left alone: these hold
 all tensors, and a training resumes from them.
 """

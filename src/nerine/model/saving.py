@@ -39,8 +39,6 @@ class Saving:
         return getattr(type(self.model), _NAME).__get__(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "state_dict" in kwargs:
-            return self._own()(*args, **kwargs)
         active = {
             name
             for holder in self.model.modules()
@@ -48,13 +46,15 @@ class Saving:
             for name, adapter in adapters_of(holder, mount)
             if adapter.belongs and adapter.strength and name not in mount.merged and name not in mount.off
         }
-        if active:
+        if active and "state_dict" not in kwargs:
             raise MergeError(
                 f"{type(self.model).__name__}.save_pretrained: it has adapters that are not in its weights "
                 f"({', '.join(sorted(active))}), and its own file format has no place for them. nerine.save(network, "
                 "file) writes the adapters; network.merge() puts them into the weights, which are then saved plain; "
                 "network.off() leaves them out"
             )
+        if active or kwargs.get("state_dict") is not None:
+            return self._own()(*args, **kwargs)
         with _without_adapters(self.model):
             return self._own()(*args, **kwargs)
 

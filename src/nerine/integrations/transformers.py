@@ -21,6 +21,8 @@ from nerine.api import save
 from nerine.errors import OptionError
 from nerine.files.detect import dialect_named
 from nerine.model.network import Network
+from nerine.model.saving import Saving, guard_saving
+from nerine.model.sharded import is_split
 
 __all__ = ["SaveAdapters"]
 
@@ -29,11 +31,14 @@ _NAME = "save_pretrained"
 
 
 class SaveAdapters:
-    """A callback with which the Trainer saves adapters instead of whole models: Trainer(..., callbacks=[SaveAdapters(n)]).
+    """A callback with which the Trainer saves adapters instead of whole models.
 
-    Each checkpoint then has two small files in place of the model's: `model.safetensors`, from which the Trainer resumes
-    (the network's tensors and whatever else is trained, bit for bit), and `adapters.safetensors` in `dialect`, for
-    `nerine.load` and other programs. `trainer.save_model(folder)` writes the same two. `remove` undoes it.
+        trainer = Trainer(model, args, callbacks=[SaveAdapters(network)], ...)
+
+    Each checkpoint then has two small files in place of the model's: `model.safetensors`, from which the Trainer
+    resumes (the network's tensors and whatever else is trained, bit for bit), and `adapters.safetensors` in `dialect`,
+    for `nerine.load` and other programs. `trainer.save_model(folder)` writes the same two. Once the adapters are merged
+    or detached, the model saves itself again. `remove` undoes all of it.
 
     Raises:
         OptionError: the adapters are no part of the model that the Trainer trains.
@@ -70,8 +75,8 @@ class SaveAdapters:
             )
         if not any(parameter.requires_grad for parameter in adapters):
             raise OptionError(
-                "SaveAdapters: no adapter requires gradients, so none would be trained. Was the model wrapped or frozen "
-                "afterwards? network.requires_grad_() turns them on again"
+                "SaveAdapters: no adapter requires gradients, so none would be trained. Was the model frozen or "
+                "wrapped after they were attached? network.requires_grad_() turns them on again"
             )
         self.remove()
         self.model = model
@@ -82,6 +87,7 @@ class SaveAdapters:
         """Give the model its own `save_pretrained` back."""
         if self.model is not None:
             self.model.__dict__.pop(_NAME, None)
+            guard_saving(self.model)
             self._hook.remove()
             self.model = None
 
@@ -98,10 +104,23 @@ class SaveAdapters:
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> None:
-        """Write both files to a folder; stands in for the model's method of that name."""
+        """Write both files to a folder; stands in for the model's method of that name.
+
+        Raises:
+            OptionError: processes share the adapters' tensors, so that one alone cannot write them.
+        """
         assert self.model is not None
+        if not len(self.network) or self.network.is_merged:
+            more = {} if state_dict is None else {"state_dict": state_dict}
+            Saving(self.model)(save_directory, is_main_process=is_main_process, **more, **others)
+            return
+        if any(is_split(t) or hasattr(t, "ds_id") for _, t in self.network.named_tensors()):
+            raise OptionError(
+                "SaveAdapters: the adapters are split over processes, and the Trainer saves in one of them; leave the "
+                "callback out, and call nerine.save(network, file) in every process"
+            )
         folder = Path(save_directory)
         kept = self.kept()
         state = self.model.state_dict() if state_dict is None else state_dict
@@ -109,7 +128,7 @@ class SaveAdapters:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {key: t.detach().contiguous() for key, t in state.items() if key in kept}
             save_file(tensors, folder / STATE, metadata={"format": "pt"})
-        save(self.network, folder / ADAPTERS, dialect=self.dialect, dtype=self.dtype)
+            save(self.network, folder / ADAPTERS, dialect=self.dialect, dtype=self.dtype)
 
     def _expect_adapters_alone(self, model: nn.Module, incompatible: Any) -> None:
         """Where a state had nothing but what is kept, the base is not missing from it."""

@@ -6,7 +6,6 @@ layers and the names it commands. Several networks, with several algorithms, may
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +18,9 @@ from nerine.errors import MergeError, OptionError, ShapeError, TargetError, near
 from nerine.model.adapter import Adapter
 from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
-from nerine.model.merge import forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, path_in, settle, weight_at
+from nerine.model.measure import Located, norms_of, shrink_to
+from nerine.model.merge import check_unchanged, forget_original, merge_layer, unmerge_layer
+from nerine.model.mount import Mount, adapters_of, mounts_of, path_in, settle
 from nerine.model.offload import Groups
 from nerine.model.pipeline import HasComponents, as_model, named_layers
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
@@ -30,24 +30,6 @@ from nerine.model.strengths import Strength, strengths_at
 from nerine.model.targets import Match
 
 __all__ = ["Network"]
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """The norm over all entries of all tensors, 0-d."""
-    norms = [torch.linalg.vector_norm(t.detach().float()) for t in tensors]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return whole
-
-
-def _grads(adapter: Adapter) -> list[Tensor]:
-    grads = [p.grad for p in adapter.parameters() if p.grad is not None]
-    return grads or [torch.zeros(1)]
-
-
-def _numbers(values: Sequence[Tensor]) -> list[float]:
-    """0-d tensors as Python floats, with one wait for the device and not one for each."""
-    found: list[float] = torch.stack([v.detach().float().to(values[0].device) for v in values]).tolist()
-    return found
 
 
 class Network:
@@ -134,7 +116,7 @@ class Network:
         for _, holder, mount, name, adapter in self.located():
             yield holder, mount, name, adapter
 
-    def located(self) -> Iterator[tuple[str, nn.Module, Mount, str, Adapter]]:
+    def located(self) -> Iterator[Located]:
         """Both: path, holder, mount, name and adapter."""
         for path, holder, mount in self._mounts():
             for name, adapter in adapters_of(holder, mount):
@@ -228,23 +210,8 @@ class Network:
 
         Source: `--scale_weight_norms` of sd-scripts, which knows it for LoRA.
         """
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-            raise OptionError(f"max_norm: the limit must be a positive number, got {limit!r}")
         at_rest(self.model)
-        before, after = [], []
-        for holder, mount, _, adapter in self.placed():
-            if not adapter.carriers:
-                raise OptionError(f"{mount.path}: {adapter.algorithm} names no tensor that carries its size")
-            settle(holder, mount)
-            weight = weight_at(holder, mount).detach()
-            first = size = adapter.size(weight)
-            for _ in range(1 if adapter.algorithm.keeps_mean else 6):  # a rotation does not grow in proportion
-                adapter.shrink((limit / size).clamp(max=1))
-                size = adapter.size(weight)
-            before.append(first)
-            after.append(size)
-        sizes, now = _numbers(before), _numbers(after)
-        return MaxNorm(sum(size > limit for size in sizes), sum(now) / len(now), max(now))
+        return shrink_to(limit, self.located())
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -259,13 +226,7 @@ class Network:
     @torch.no_grad()
     def norms(self) -> NormReport:
         """How far each adapter has moved its weight, and the gradients it has now."""
-        found = []
-        for path, holder, mount, _, adapter in self.located():
-            settle(holder, mount)
-            weight = weight_at(holder, mount).detach()
-            found.append((path, adapter.size(weight), _norm([weight]), _norm(_grads(adapter))))
-        columns = [_numbers([row[i] for row in found]) for i in (1, 2, 3)]  # type: ignore[misc]
-        return NormReport(tuple(zip((row[0] for row in found), *columns, strict=True)))
+        return norms_of(self.located())
 
     # -- strength, on and off ------------------------------------------------------------------------------------
     @property
@@ -348,12 +309,14 @@ class Network:
     def merge(self, *, keep_original: bool = True) -> MergeReport:
         """Put the adapters into the weights: one sum in at least fp32 a layer, rounded once. The adapters stay as they
         are and rest. With `keep_original` the old bits are kept for `unmerge`, at the price of their memory; without,
-        `detach` leaves the merged weights behind.
+        `detach` leaves the merged weights behind. Without, a merge that was done before becomes final.
 
         Raises:
             MergeError: merged already, not finite, or another active adapter works on a weight that would change.
                 The weights are then as they were.
         """
+        if self.is_merged and not keep_original:
+            return self._finish_merge()
         if self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is merged already; unmerge before merging again")
         if Groups(self.model).on_disk():
@@ -380,6 +343,18 @@ class Network:
                 forget_original(mount)
         return MergeReport(tuple(rows))
 
+    def _finish_merge(self) -> MergeReport:
+        """Drop the old bits of what is merged already."""
+        for *_, mount in self._mounts():
+            if set(self.names) & set(mount.merged):
+                forget_original(mount)
+        return MergeReport(())
+
+    def _check_unchanged(self) -> None:
+        for _, holder, mount in self._mounts():
+            if set(self.names) & set(mount.merged):
+                check_unchanged(holder, mount)
+
     def unmerge(self) -> None:
         """Give the weights back their exact bits.
 
@@ -389,12 +364,14 @@ class Network:
         if not self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is not merged")
         at_rest(self.model)
+        self._check_unchanged()
         for _, holder, mount in self._mounts():
             unmerge_layer(holder, mount, set(self.names))
 
     def detach(self) -> None:
         """Take the adapters off: forward, weights, keys and requires_grad of the model are as before."""
         at_rest(self.model)
+        self._check_unchanged()
         for module in list(self.model.modules()):
             for name in self.names:
                 take_off(module, name)

@@ -18,6 +18,7 @@ from torch import nn
 
 from nerine.errors import MergeError
 from nerine.model.mount import adapters_of, mounts_of, owned
+from nerine.model.pipeline import named_layers
 
 __all__ = ["Saving", "free_saving", "guard_saving"]
 
@@ -83,7 +84,7 @@ def _is_adapted(model: nn.Module) -> bool:
 
 def guard_saving(model: nn.Module) -> None:
     """Put it on every module that has adapters below it and can save itself."""
-    for module in model.modules():
+    for _, module in named_layers(model):  # not PEFT's wrappers, which save what is theirs
         if hasattr(type(module), _NAME) and _NAME not in module.__dict__ and _is_adapted(module):
             module.__dict__[_NAME] = Saving(module)
 

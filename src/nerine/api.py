@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -260,12 +260,19 @@ def _completed(layer: Layer, spot: Spot, kept: torch.dtype | None = None) -> tup
     return record, "; ".join(notes)
 
 
-def _read(source: Source, sites: Mapping[str, Site], choice: _Choice, wanted: Iterable[str] = ()) -> Checkpoint:
-    """The checkpoint of an open file; `wanted` layers that it lacks are reported as missing."""
+def _read(
+    source: Source, sites: Mapping[str, Site], choice: _Choice, wanted: Collection[str] | None = None
+) -> Checkpoint:
+    """The checkpoint of an open file; where only some layers are `wanted`, those that it lacks are reported as missing,
+    and others that it has are left out."""
     checkpoint = read_checkpoint(
         source, sites, dialect=choice.dialect, component=choice.component, others=choice.algorithms
     )
-    report = checkpoint.report.lacking(tuple(path for path in wanted if path not in checkpoint.layers))
+    report = checkpoint.report
+    if wanted is not None:
+        others = [path for path in checkpoint.layers if path not in wanted]
+        report = report.lacking(tuple(path for path in wanted if path not in checkpoint.layers)).without(others)
+        checkpoint = replace(checkpoint, layers={p: own for p, own in checkpoint.layers.items() if p not in others})
     if report.unmatched or report.missing:
         summary = (
             f"{report.file}: {len(report.unmatched)} keys were not used and {len(report.missing)} layers are missing"
@@ -282,7 +289,8 @@ def _resume(network: Network, file: str | os.PathLike[str], choice: _Choice) -> 
     if len(network.names) != 1:
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
     placed = {path: (holder, mount, adapter) for path, holder, mount, _, adapter in network.located()}
-    sites = {path: adapter.site for path, (*_, adapter) in placed.items()}
+    sites = {path: spot.site for path, spot in every_spot(network.model).items()}  # which names tell of all together
+    sites |= {path: adapter.site for path, (*_, adapter) in placed.items()}
     found, notes = {}, []
     with open_adapter(file, allow_pickle=choice.allow_pickle) as source:
         checkpoint = _read(source, sites, choice, placed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,20 @@ class LoadReport:
     def lacking(self, layers: tuple[str, ...]) -> LoadReport:
         """This report with `layers` among the missing ones."""
         return replace(self, missing=tuple(dict.fromkeys([*self.missing, *layers])))
+
+    def without(self, layers: Collection[str]) -> LoadReport:
+        """This report with all that was read for `layers` among what was not used."""
+        why = {key: f"no adapter is attached to {shown(path)}" for key, path in self.used.items() if path in layers}
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows if row.layer not in layers),
+            unmatched={**self.unmatched, **why},
+            used={key: path for key, path in self.used.items() if key not in why},
+            notes=(
+                *self.notes,
+                *(f"no adapter is attached to {shown(path)}, which the file has one for" for path in layers),
+            ),
+        )
 
     @property
     def counts(self) -> dict[str, int]:

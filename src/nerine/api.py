@@ -24,12 +24,15 @@ from nerine.files.reports import LoadReport, SaveReport
 from nerine.files.rows import take
 from nerine.files.store import Outgoing, Source
 from nerine.files.writing import lay_out
-from nerine.model.adapter import Adapter, Noise, check_strength
+from nerine.model.adapter import Adapter, Noise
 from nerine.model.fitting import Fitting, check_name, fit_in
 from nerine.model.mount import Mount, Spot, bias_at, original_at, settle, weight_at
 from nerine.model.network import Network
 from nerine.model.offload import present
+from nerine.model.pipeline import HasComponents, as_model
 from nerine.model.sharded import at_rest, check_engines, is_split, only_first, whole
+from nerine.model.strengths import Strength, check_strengths, strengths_at
+from nerine.model.swap import check_can_rest, padded, rest
 from nerine.model.targets import every_spot, spot_at
 from nerine.ops.precision import is_finite
 from nerine.site import Site
@@ -99,14 +102,12 @@ def _held(outgoing: Outgoing) -> Outgoing:
 
 def _layers(network: Network) -> dict[str, Layer]:
     layers = {}
-    for holder, mount, _, adapter in network.placed():
+    for path, holder, mount, _, adapter in network.located():
         settle(holder, mount)
         if adapter.pending == "start":
-            raise DeviceError(
-                f"{mount.path}: the base is on meta, so its adapter has no values yet; load its weights first"
-            )
+            raise DeviceError(f"{path}: the base is on meta, so its adapter has no values yet; load its weights first")
         params = _for_file(adapter, original_at(holder, mount).detach())
-        layers[mount.path] = of_record(Record(adapter.algorithm, adapter.site, params), _base(holder, mount, params))
+        layers[path] = of_record(Record(adapter.algorithm, adapter.site, params), _base(holder, mount, params))
     return layers
 
 
@@ -141,14 +142,15 @@ def _notes(network: Network) -> list[str]:
 
 
 def load(
-    model: nn.Module | Network,
+    model: nn.Module | Network | HasComponents,
     file: str | os.PathLike[str],
     *,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     name: str = "default",
     own: bool = True,
     freeze: bool = True,
     strict: bool = False,
+    swap: bool = False,
     dialect: str | None = None,
     component: str | None = None,
     allow_pickle: bool = False,
@@ -160,6 +162,9 @@ def load(
 ) -> Network:
     """Put the adapters of a file on `model`, or copy them into a `Network` that is attached already (to resume).
 
+    A pipeline of diffusers is a model as well: its denoisers and text encoders get their adapters together, and its
+    layers are called "unet.down_blocks...". `strength` is one number, or numbers by pattern as in
+    `Network.set_strength`, {"unet": 0.8, "text_encoder": 0.4}; layers that no pattern matches get 1.
     `file` may be in any dialect; which one is worked out from its keys, or is `dialect`. PEFT's is a folder. Where the
     file has adapters for several parts of a pipeline that this model could be, `component` says which it is ("unet",
     "text_encoder", "text_encoder_2", ...). `dtype` is the number format in which the adapters are kept: fp32 (None) is
@@ -168,8 +173,10 @@ def load(
 
     The returned network's `report` says which layers were matched, which keys were not used and why, and which layers
     the file should have had. With `strict` an unused key or missing layer is an error. The other settings are those
-    of `attach`; resuming keeps the network's own. `algorithms` are classes of your own that the file may hold beside
-    those of the registry. Loading twice is the same as loading once.
+    of `attach`; resuming keeps the network's own. With `swap` the file takes the place of the adapter in a `Network`
+    whose tensors stay, as compiled models want it: a smaller rank is filled with zeros, and layers that the file lacks
+    come to rest. `algorithms` are classes of your own that the file may hold beside those of the registry. Loading
+    twice is the same as loading once.
 
     Raises:
         FormatError: damaged, nothing matched, in no one dialect, or not complete under `strict`.
@@ -178,12 +185,13 @@ def load(
     """
     if dtype not in _DTYPES:
         raise OptionError(f"dtype must be torch.float32, float16, bfloat16, float64 or None, got {dtype!r}")
-    choice = Choice(strict, dialect, component, allow_pickle, tuple(algorithms))
+    choice = Choice(strict, dialect, component, allow_pickle, tuple(algorithms), swap)
     if isinstance(model, Network):
         return _resume(model, file, choice)
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"load: expected a torch.nn.Module or a Network, got {type(model).__name__}")
-    check_strength(strength)
+    if swap:
+        raise OptionError("load: swap=True exchanges the tensors of a Network; hand over the one that is attached")
+    model = as_model(model, "load", ", a Network")
+    check_strengths(strength)
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     check_name(model, name)
     check_engines(model)
@@ -194,7 +202,7 @@ def load(
 
 
 def _fittings(
-    model: nn.Module, file: str | os.PathLike[str], choice: Choice, dtype: torch.dtype | None, strength: float
+    model: nn.Module, file: str | os.PathLike[str], choice: Choice, dtype: torch.dtype | None, strength: Strength
 ) -> tuple[LoadReport, list[Fitting]]:
     """The adapters of a file for the layers of `model`, in memory one after the other."""
     with open_adapter(file, allow_pickle=choice.allow_pickle) as source:
@@ -209,10 +217,11 @@ class Choice(NamedTuple):
     component: str | None = None
     allow_pickle: bool = False
     algorithms: tuple[type[Algorithm], ...] = ()
+    swap: bool = False
 
 
 def read_fittings(
-    model: nn.Module, source: Source, choice: Choice, dtype: torch.dtype | None = None, strength: float = 1.0
+    model: nn.Module, source: Source, choice: Choice, dtype: torch.dtype | None = None, strength: Strength = 1.0
 ) -> tuple[LoadReport, list[Fitting]]:
     """The adapters of an open file for the layers of `model`, for programs that put them on themselves."""
     fittings, notes = [], []
@@ -221,11 +230,12 @@ def read_fittings(
     _complain(checkpoint.report, choice.strict)
     spots = {path: spot_at(spots, path) for path in checkpoint.layers}
     check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
+    wanted = strengths_at(strength, [(path, spot.holder) for path, spot in spots.items()])
     with present(model):
-        for path, layer in checkpoint.layers.items():
+        for (path, layer), own in zip(checkpoint.layers.items(), wanted, strict=True):
             record, note = _completed(layer, spots[path], dtype)
             notes += [f"{path}: {note}"] if note else []
-            fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=strength))
+            fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=1.0 if own is None else own))
     return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), fittings
 
 
@@ -286,13 +296,18 @@ def _resume(network: Network, file: str | os.PathLike[str], choice: Choice) -> N
     if len(network.names) != 1:
         raise OptionError(f"a file holds one adapter: load into one of {', '.join(network.names)}")
     placed = {
-        mount.path: (Spot(mount.path, holder, adapter.site, mount.attr, mount.rows), adapter)
-        for holder, mount, _, adapter in network.placed()
+        path: (Spot(path, holder, adapter.site, mount.attr, mount.rows), adapter)
+        for path, holder, mount, _, adapter in network.located()
     }
     with open_adapter(file, allow_pickle=choice.allow_pickle) as source, present(network.model):
         report, found = read_params(network.model, placed, source, choice)
+    left = [at for path, at in placed.items() if choice.swap and path not in found]
+    for spot, adapter in left:
+        check_can_rest(adapter, weight_at(spot.holder, spot))
     network.not_merged("load tensors")
     at_rest(network.model)
+    for _, adapter in left:
+        rest(adapter)
     for path, params in found.items():
         placed[path][1].take(params)
     network.report = report
@@ -325,7 +340,8 @@ def read_params(
             cut = layer if own == path or spot.rows is None else layer.changed(_share(own, spot.rows, adapter))
             record, note = _completed(cut, spot)
             notes += [f"{own}: {note}"] if note else []
-            found[own] = adapter.algorithm.from_file(record.params)
+            params = adapter.algorithm.from_file(record.params)
+            found[own] = padded(adapter, params) if choice.swap else params
             adapter.check_same(record.algorithm, found[own])
     report = checkpoint.report.only({*placed, *parts}, "the network has no adapter there")
     report = report.lacking(tuple(path for path in placed if path not in found))

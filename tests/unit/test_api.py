@@ -218,7 +218,7 @@ def test_bad_options_of_load(file: Path, options: dict[str, Any]) -> None:
 
 
 def test_load_takes_a_model() -> None:
-    with pytest.raises(OptionError, match=r"load: expected a torch\.nn\.Module or a Network, got str"):
+    with pytest.raises(OptionError, match=r"load: expected a torch\.nn\.Module, a Network or a pipeline .*, got str"):
         nerine.load("a.safetensors", "b.safetensors")  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ from source_tree import PACKAGE, Source, sources
 FLOORS = {
     "errors": 0,
     "axes": 0,
+    "parts": 0,
     "tables": 0,
     "version": 0,
     "site": 1,

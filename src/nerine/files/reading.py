@@ -103,7 +103,7 @@ class _Job:
         """What each name means, and why the names of other components were left."""
         by_component: dict[str, Found] = {}
         for stem in self.parts.layers:
-            for part in index.parts_for(stem.component):
+            for part in index.parts_for(stem.component, component or ""):
                 matches = index.find(stem, part)
                 if matches:
                     match = self._the_one(matches, stem)

@@ -14,22 +14,10 @@ from typing import NamedTuple
 from nerine.files.names import aliases, flatten
 from nerine.files.pieces import Stem
 from nerine.files.rows import Span
+from nerine.parts import PARTS
 from nerine.site import Site
 
-__all__ = ["COMPONENTS", "Index", "Match", "Place", "component_of", "split_parts"]
-
-# What hosts call the parts of a pipeline: the component that it is.
-COMPONENTS: Mapping[str, str] = {
-    "unet": "denoiser",
-    "transformer": "denoiser",
-    "prior": "denoiser",
-    "diffusion_model": "denoiser",
-    "denoiser": "denoiser",
-    "text_encoder": "text_encoder",
-    "text_encoder_1": "text_encoder",
-    "text_encoder_2": "text_encoder_2",
-    "text_encoder_3": "text_encoder_3",
-}
+__all__ = ["Index", "Match", "Place", "component_of", "split_parts"]
 
 
 class Place(NamedTuple):
@@ -50,7 +38,7 @@ class Match:
 
 def component_of(name: str) -> str:
     """The component that an attribute of a pipeline holds; empty where it is none."""
-    return COMPONENTS.get(name, "")
+    return PARTS.get(name, "")
 
 
 def split_parts(paths: Iterable[str]) -> dict[str, list[str]]:
@@ -96,12 +84,14 @@ class Index:
             return found
         return [match for match in found if match.name == stem.name] or found
 
-    def parts_for(self, component: str) -> list[str]:
-        """The parts of the model in which names of `component` are looked up, the likeliest first."""
+    def parts_for(self, component: str, wanted: str = "") -> list[str]:
+        """The parts of the model in which names of `component` are looked up, the likeliest first: `wanted`, where
+        the model has a part of that name which could be it."""
+        first = [wanted] if wanted in self.parts and component in ("", component_of(wanted)) else []
         if not component:
-            return ["", *(part for part in self.parts if part)]
+            return list(dict.fromkeys([*first, "", *self.parts]))
         same = [part for part in self.parts if part and component_of(part) == component]
-        return list(dict.fromkeys([*same, *self.parts]))
+        return list(dict.fromkeys([*first, *same, *self.parts]))
 
 
 def _foreign(shapes: Mapping[str, Sequence[int]], lead: str) -> list[Match]:

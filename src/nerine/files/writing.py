@@ -118,11 +118,12 @@ def _check(names: Sequence[_Name], dialect: Dialect) -> None:
     """Refuse what the dialect cannot hold exactly, and names that two layers share."""
     seen: dict[str, str] = {}
     for name in names:
-        if seen.setdefault(name.stem, name.path) != name.path:
+        if name.stem in seen:
             raise FormatError(
                 f"the layers {seen[name.stem]} and {name.path} would both be called {name.stem} in a file; "
-                "leave one of them out or rename it in the model"
+                "leave one of them out, save the parts of a pipeline one by one, or rename it in the model"
             )
+        seen[name.stem] = name.path
     refused = {name.path: why for name in names if (why := dialect.refuses(name.layer.sketch()))}
     if refused:
         able = [d.name for d in DIALECTS.values() if not any(d.refuses(name.layer.sketch()) for name in names)]
@@ -163,7 +164,7 @@ def _named(
         told = component_of(component) if component else component_of(part)
         prefix = dialect.prefix_of(told or _likely(shapes), part, _is_unet(shapes))
         for path, layer in _renamed(own, dialect, shapes):
-            yield _name(dialect, prefix, path, layer)
+            yield _name(dialect, prefix, path, layer)._replace(path=f"{part}.{path}" if part else path)
 
 
 def _without_rows(layers: Mapping[str, Layer], counts: Mapping[str, int]) -> dict[str, Layer]:

@@ -210,7 +210,8 @@ class Adapter(nn.Module):
         if own != new or axes[0] != axes[1]:
             raise ShapeError(
                 f"{self.where}: the adapter is {self.algorithm} with {own}, the file has {algorithm} with {new}. "
-                "Attach with the settings of the file, or load it into the model instead"
+                "Attach with the settings of the file, load it into the model instead, or fill a smaller rank with "
+                "zeros (swap=True)"
             )
 
     def take(self, params: Params) -> None:

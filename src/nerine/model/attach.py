@@ -57,8 +57,9 @@ def put_on(spot: Spot, name: str, adapter: Adapter, own: bool) -> None:
             f"{spot.path} already has an adapter called {name!r}; detach it first, or choose another name"
         )
     if mount is None:
+        tail = spot.attr if spot.caller is holder else ""
         child = "nerine" if spot.key == "weight" else f"nerine_{spot.key}"
-        mount = mounts[spot.key] = Mount(spot.path, spot.site, spot.attr, spot.rows, child)
+        mount = mounts[spot.key] = Mount(spot.path, spot.site, spot.attr, spot.rows, tail, child)
         uses = caller.__dict__.setdefault(USES, [])
         if not uses:
             (space, key), before = innermost(caller)

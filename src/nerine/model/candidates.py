@@ -16,6 +16,7 @@ from nerine.errors import OptionError, UnsupportedBase
 from nerine.model.layer import is_layer, kind_of, layer_kind, parameter_site, projections, site_of
 from nerine.model.mount import Spot
 from nerine.model.patterns import means
+from nerine.model.pipeline import named_layers
 from nerine.site import Site
 
 __all__ = ["Candidate", "candidates_of", "every_spot", "spot_at"]
@@ -66,7 +67,7 @@ class Candidate:
 def candidates_of(model: nn.Module, patterns: Sequence[str] = ()) -> Iterator[Candidate]:
     """Layers, the projections of attention blocks, and parameters that stand alone where a pattern ends in them."""
     inside: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in named_layers(model):
         if ".nerine" in f".{path}" or id(module) in inside:
             continue
         if isinstance(module, nn.MultiheadAttention):

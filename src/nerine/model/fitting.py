@@ -18,7 +18,9 @@ from nerine.model.layer import bias_name
 from nerine.model.mount import MOUNTS, Spot, adapters_of, mounts_of, weight_at
 from nerine.model.network import Network
 from nerine.model.offload import Groups, computes_on, present
+from nerine.model.pipeline import HasComponents, as_model, part_of
 from nerine.model.reports import AttachReport
+from nerine.model.saving import guard_saving
 from nerine.model.sharded import check_engines, made_alike
 from nerine.model.targets import Target, Targets, What, find_targets
 from nerine.ops.precision import full_precision
@@ -54,7 +56,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def attach(
-    model: nn.Module,
+    model: nn.Module | HasComponents,
     what: What,
     *,
     targets: Targets = "all",
@@ -67,7 +69,7 @@ def attach(
     module_dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Network:
-    """Put fresh adapters on the layers of `model`; at first they change nothing.
+    """Put fresh adapters on the layers of `model`, a module or a pipeline; at first they change nothing.
 
     `what` is an algorithm for all `targets`, or rules of which the first that matches a layer wins, as a list or as the
     path of a TOML file. `targets` is a preset ("all": every Linear, Conv and attention block, "full", "attn-mlp",
@@ -81,6 +83,7 @@ def attach(
         OptionError: a bad setting, or the name is taken. The model is untouched whenever an error is raised.
     """
     noise = Noise(dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
+    model = as_model(model, "attach")
     check_name(model, name)
     check_engines(model)
     chosen, skipped = find_targets(model, what, targets, train_norm)
@@ -92,15 +95,15 @@ def attach(
     notes |= _notes_on_places(network)
     notes |= {
         f"shares its weight with {mount.shared_with}: {mount.path}"
-        for _, mount in network._mounts()
+        for *_, mount in network._mounts()
         if mount.shared_with
     }
     if dropout:
         closed = [f.spot.path for f in fittings if f.spot.caller is not None]
         notes |= {f"dropout does not act on {path}, whose module shows no output of its own" for path in closed}
     rows = [
-        (mount.path, target.kind, str(adapter.algorithm), sum(p.numel() for p in adapter.parameters()))
-        for target, (_, mount, _, adapter) in zip(chosen, network.placed(), strict=True)
+        (path, target.kind, str(adapter.algorithm), sum(p.numel() for p in adapter.parameters()))
+        for target, (path, _, adapter) in zip(chosen, network.adapters(), strict=True)
     ]
     network.report = AttachReport(tuple(rows), skipped, frozen, tuple(sorted(notes)))
     return network
@@ -135,8 +138,10 @@ def fit_in(
     model: nn.Module, fittings: Sequence[Fitting], name: str, *, own: bool, freeze: bool, noise: Noise
 ) -> tuple[Network, int]:
     """Put the adapters on their layers and freeze the rest; returns the handle and how many parameters were frozen."""
-    context = Context(model=weakref.ref(model))
-    return put_in(model, [(f.spot, adapter_for(f, noise, context, own)) for f in fittings], name, own, freeze)
+    parts = [part_of(model, f.spot.path) for f in fittings]
+    contexts = {id(part): Context(model=weakref.ref(part)) for part in parts}
+    ready = [(f.spot, adapter_for(f, noise, contexts[id(part)], own)) for f, part in zip(fittings, parts, strict=True)]
+    return put_in(model, ready, name, own, freeze)
 
 
 def put_in(
@@ -174,6 +179,7 @@ def put_in(
     network._holders = {p: type(m).__name__ for p, m in model.named_modules() if id(m) in holders}
     _note_shared(model)
     keep_from_fast_paths(model)
+    guard_saving(model)
     return network, len(network._unfreeze)
 
 
@@ -206,10 +212,8 @@ def _note_shared(model: nn.Module) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
-    for holder in model.modules():
+    for path, holder in model.named_modules():
         for mount in mounts_of(holder):
             same = holders[id(holder._parameters[mount.attr])]
-            own = mount.path if mount.attr != "weight" else f"{mount.path}.weight"
-            mount.shared_with = (
-                next((other for other in same if other != own.split("[")[0]), "") if len(same) > 1 else ""
-            )
+            own = f"{path}.{mount.attr}" if path else mount.attr
+            mount.shared_with = next((other for other in same if other != own), "")

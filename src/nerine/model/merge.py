@@ -21,7 +21,7 @@ from nerine.model.storage import storage_of
 from nerine.model.sums import Share, changed, summed_bias
 from nerine.ops.precision import full_precision, wide
 
-__all__ = ["changed_weight", "forget_original", "merge_layer", "unmerge_layer"]
+__all__ = ["changed_weight", "check_unchanged", "forget_original", "merge_layer", "unmerge_layer"]
 
 
 def changed_weight(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[Tensor, Tensor | None]:
@@ -70,7 +70,34 @@ def merge_layer(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[float
         raise MergeError(f"{mount.path}: the merged weight is not finite in {form}; is the adapter damaged?")
     step, error = exact - weight, rounded - exact
     mount.merged = {name: a.strength for name, a in adapters_of(holder, mount) if name in names}
+    mount.print = _print_of(holder, mount)
     return float(error.abs().max()), float(error.norm() / step.norm().clamp_min(1e-30))
+
+
+def _print_of(holder: nn.Module, mount: Mount) -> tuple[torch.dtype, int] | None:
+    """The number format of a weight and the sum of its bits as integers, which is the same on every device; None
+    where it is no tensor of plain numbers in memory."""
+    own = holder._parameters[mount.attr]
+    if type(own) not in (nn.Parameter, Tensor) or own is None or own.is_meta or storage_of(holder, own) is not None:
+        return None
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[own.dtype.itemsize]
+    return own.dtype, int(weight_at(holder, mount).detach().contiguous().view(bits).sum(dtype=torch.int64))
+
+
+def check_unchanged(holder: nn.Module, mount: Mount) -> None:
+    """Whether the old bits may take the place of a merged weight.
+
+    Raises:
+        MergeError: another program has changed the weight since, which they would undo without a word.
+    """
+    before = mount.print
+    now = None if before is None or mount.original is None else _print_of(holder, mount)
+    if before is not None and now is not None and before[0] == now[0] and before != now:
+        raise MergeError(
+            f"{mount.path}: its weight was changed after the merge, by training or by another merge, and the bits from "
+            "before would undo that as well. Undo that first, or make this merge final: "
+            "network.merge(keep_original=False)"
+        )
 
 
 def forget_original(mount: Mount) -> None:

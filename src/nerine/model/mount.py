@@ -38,6 +38,7 @@ __all__ = [
     "mounts_of",
     "original_at",
     "owned",
+    "path_in",
     "settle",
     "weight_at",
     "write",
@@ -67,15 +68,17 @@ class Spot:
 class Mount:
     """All that is known of one adapted weight beside its modules."""
 
-    path: str
+    path: str  # in the model through which it was first reached; `path_in` tells it for another
     site: Site
     attr: str = "weight"
     rows: tuple[int, int] | None = None
+    tail: str = ""  # what the path of the layer has beyond that of the module that holds the weight
     child: str = "nerine"  # the module beside the weight that has the adapters which the layer owns
     loose: dict[str, Adapter] = field(default_factory=dict)  # adapters that a host owns
     off: set[str] = field(default_factory=set)
     merged: dict[str, float] = field(default_factory=dict)  # names and strengths now in the weight
     original: tuple[Tensor, Tensor | None] | None = None  # bits of weight and bias before merging, for `unmerge`
+    print: tuple[torch.dtype, int] | None = None  # of the merged weight, to notice if another program changes it
     in_group: bool = False  # diffusers takes the weight away after each call, to memory
     shared_with: str = ""  # another module that has the same weight
     has_run: bool = False
@@ -87,6 +90,12 @@ Use = tuple[nn.Module, Mount]
 def mounts_of(module: nn.Module) -> list[Mount]:
     """The mounts of the weights that `module` holds."""
     return list(module.__dict__.get(MOUNTS, {}).values())
+
+
+def path_in(holder_path: str, mount: Mount) -> str:
+    """The path of the layer in a model in which its holder is at `holder_path`."""
+    rows = "" if mount.rows is None else f"[{mount.rows[0]}:{mount.rows[1]}]"
+    return ".".join(filter(None, (holder_path, mount.tail))) + rows
 
 
 def owned(holder: nn.Module, mount: Mount) -> nn.ModuleDict:

@@ -6,7 +6,6 @@ layers and the names it commands. Several networks, with several algorithms, may
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,35 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from nerine.errors import MergeError, OptionError, ShapeError, TargetError, nearest
-from nerine.model.adapter import Adapter, check_strength
+from nerine.model.adapter import Adapter
 from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
-from nerine.model.merge import forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, settle, weight_at
+from nerine.model.measure import Located, norms_of, shrink_to
+from nerine.model.merge import check_unchanged, forget_original, merge_layer, unmerge_layer
+from nerine.model.mount import Mount, adapters_of, mounts_of, path_in, settle
 from nerine.model.offload import Groups
-from nerine.model.patterns import Match, lineage, matches
+from nerine.model.patterns import Match
+from nerine.model.pipeline import HasComponents, as_model, named_layers
 from nerine.model.reports import MaxNorm, MergeReport, NormReport
+from nerine.model.saving import free_saving
 from nerine.model.sharded import at_rest, copy_into, shape_of
+from nerine.model.strengths import Strength, strengths_at
 
 __all__ = ["Network"]
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """The norm over all entries of all tensors, 0-d."""
-    norms = [torch.linalg.vector_norm(t.detach().float()) for t in tensors]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return whole
-
-
-def _grads(adapter: Adapter) -> list[Tensor]:
-    grads = [p.grad for p in adapter.parameters() if p.grad is not None]
-    return grads or [torch.zeros(1)]
-
-
-def _numbers(values: Sequence[Tensor]) -> list[float]:
-    """0-d tensors as Python floats, with one wait for the device and not one for each."""
-    found: list[float] = torch.stack([v.detach().float().to(values[0].device) for v in values]).tolist()
-    return found
 
 
 class Network:
@@ -61,12 +46,13 @@ class Network:
         self._holders: dict[str, str] = {}  # path and class of the modules that got adapters, to notice their loss
 
     @classmethod
-    def of(cls, model: nn.Module) -> Network:
-        """A handle on every adapter in `model`.
+    def of(cls, model: nn.Module | HasComponents) -> Network:
+        """A handle on every adapter in `model`, a module or a pipeline.
 
         Raises:
             TargetError: there is none.
         """
+        model = as_model(model, "Network.of")
         names = dict.fromkeys(
             name for holder in model.modules() for mount in mounts_of(holder) for name, _ in adapters_of(holder, mount)
         )
@@ -92,15 +78,15 @@ class Network:
     def idle(self) -> tuple[str, ...]:
         """The adapted layers that no forward has executed yet, once one has executed others (compiled ones do not
         count): their adapters learn nothing and change nothing."""
-        mounts = [mount for _, mount in self._mounts()]
-        return tuple(mount.path for mount in mounts if not mount.has_run) if any(m.has_run for m in mounts) else ()
+        mounts = [(path, mount.has_run) for path, _, mount in self._mounts()]
+        return tuple(path for path, has_run in mounts if not has_run) if any(has_run for _, has_run in mounts) else ()
 
     # -- what it holds -------------------------------------------------------------------------------------------
-    def _mounts(self) -> Iterator[tuple[nn.Module, Mount]]:
+    def _mounts(self) -> Iterator[tuple[str, nn.Module, Mount]]:
         self._check_still_there()
-        for holder in self.model.modules():
+        for path, holder in named_layers(self.model):
             for mount in mounts_of(holder):
-                yield holder, mount
+                yield path_in(path, mount), holder, mount
 
     def _check_still_there(self) -> None:
         """Whether each adapted module is still in the model; some tools put others in the place of layers.
@@ -122,15 +108,20 @@ class Network:
 
     def adapters(self) -> Iterator[tuple[str, str, Adapter]]:
         """(path of the layer, adapter name, adapter), in the order of the model."""
-        for _, mount, name, adapter in self.placed():
-            yield mount.path, name, adapter
+        for path, _, _, name, adapter in self.located():
+            yield path, name, adapter
 
     def placed(self) -> Iterator[tuple[nn.Module, Mount, str, Adapter]]:
         """The same with the module that holds the weight and its mount, for who works on weights."""
-        for holder, mount in self._mounts():
+        for _, holder, mount, name, adapter in self.located():
+            yield holder, mount, name, adapter
+
+    def located(self) -> Iterator[Located]:
+        """Both: path, holder, mount, name and adapter."""
+        for path, holder, mount in self._mounts():
             for name, adapter in adapters_of(holder, mount):
                 if name in self.names:
-                    yield holder, mount, name, adapter
+                    yield path, holder, mount, name, adapter
 
     def __len__(self) -> int:
         return sum(1 for _ in self.adapters())
@@ -219,23 +210,8 @@ class Network:
 
         Source: `--scale_weight_norms` of sd-scripts, which knows it for LoRA.
         """
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-            raise OptionError(f"max_norm: the limit must be a positive number, got {limit!r}")
         at_rest(self.model)
-        before, after = [], []
-        for holder, mount, _, adapter in self.placed():
-            if not adapter.carriers:
-                raise OptionError(f"{mount.path}: {adapter.algorithm} names no tensor that carries its size")
-            settle(holder, mount)
-            weight = weight_at(holder, mount).detach()
-            first = size = adapter.size(weight)
-            for _ in range(1 if adapter.algorithm.keeps_mean else 6):  # a rotation does not grow in proportion
-                adapter.shrink((limit / size).clamp(max=1))
-                size = adapter.size(weight)
-            before.append(first)
-            after.append(size)
-        sizes, now = _numbers(before), _numbers(after)
-        return MaxNorm(sum(size > limit for size in sizes), sum(now) / len(now), max(now))
+        return shrink_to(limit, self.located())
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -244,19 +220,13 @@ class Network:
         The first forward does so too, except under `fully_shard`: there every process must call this before it.
         """
         at_rest(self.model)
-        for holder, mount in self._mounts():
+        for _, holder, mount in self._mounts():
             settle(holder, mount)
 
     @torch.no_grad()
     def norms(self) -> NormReport:
         """How far each adapter has moved its weight, and the gradients it has now."""
-        found = []
-        for h, mount, _, adapter in self.placed():
-            settle(h, mount)
-            weight = weight_at(h, mount).detach()
-            found.append((mount.path, adapter.size(weight), _norm([weight]), _norm(_grads(adapter))))
-        columns = [_numbers([row[i] for row in found]) for i in (1, 2, 3)]  # type: ignore[misc]
-        return NormReport(tuple(zip((row[0] for row in found), *columns, strict=True)))
+        return norms_of(self.located())
 
     # -- strength, on and off ------------------------------------------------------------------------------------
     @property
@@ -271,38 +241,53 @@ class Network:
     def strength(self, value: float) -> None:
         self.set_strength(value)
 
-    def set_strength(self, value: float, match: Match | None = None) -> int:
+    def set_strength(self, value: Strength, match: Match | None = None) -> int:
         """Set the strength of all adapters, or of those at layers that `match`; returns how many were set.
+
+        `value` may be numbers by pattern, {"unet": 0.8, "unet.up_blocks": 1.0}; the last that matches a layer counts,
+        and layers that none matches stay as they are.
 
         Raises:
             MergeError: they are merged, so their strength is fixed in the weights.
             TargetError: no layer matches.
         """
         self.not_merged("change the strength")
-        check_strength(value)
-        top = self.model
-        chosen = [a for h, m, _, a in self.placed() if match is None or matches(match, m.path, h, lineage(top, m.path))]
-        if not chosen:
-            raise TargetError(f"no adapted layer matches {match!r}")
-        for adapter in chosen:
-            adapter.strength = float(value)
-        return len(chosen)
+        if match is not None:
+            if isinstance(value, Mapping):
+                raise OptionError("set_strength: strengths by pattern say which layers they mean; leave match out")
+            value = {match: value}
+        found = list(self.located())
+        wanted = strengths_at(value, [(path, holder) for path, holder, *_ in found])
+        for (*_, adapter), strength in zip(found, wanted, strict=True):
+            adapter.strength = adapter.strength if strength is None else strength
+        return sum(strength is not None for strength in wanted)
+
+    @contextmanager
+    def at_strength(self, value: Strength, match: Match | None = None) -> Iterator[None]:
+        """Another strength for the length of a `with` block."""
+        before = [(adapter, adapter.strength) for *_, adapter in self.adapters()]
+        self.set_strength(value, match)
+        try:
+            yield
+        finally:
+            for adapter, strength in before:
+                adapter.strength = strength
 
     def off(self) -> None:
         """Switch the adapters off; the model is bitwise the base again (unless they are merged)."""
         self.not_merged("switch off")
-        for _, mount in self._mounts():
+        for *_, mount in self._mounts():
             mount.off.update(self.names)
 
     def on(self) -> None:
         """Switch the adapters on again."""
-        for _, mount in self._mounts():
+        for *_, mount in self._mounts():
             mount.off.difference_update(self.names)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Without the adapters for the length of a `with` block."""
-        before = [(mount, set(mount.off)) for _, mount in self._mounts()]
+        before = [(mount, set(mount.off)) for *_, mount in self._mounts()]
         self.off()
         try:
             yield
@@ -314,7 +299,7 @@ class Network:
     @property
     def is_merged(self) -> bool:
         """Whether any of the adapters is in the weights now."""
-        return any(set(self.names) & set(mount.merged) for _, mount in self._mounts())
+        return any(set(self.names) & set(mount.merged) for *_, mount in self._mounts())
 
     def not_merged(self, doing: str) -> None:
         """Raise `MergeError` where the adapters are merged, for work that would have no effect then."""
@@ -324,12 +309,14 @@ class Network:
     def merge(self, *, keep_original: bool = True) -> MergeReport:
         """Put the adapters into the weights: one sum in at least fp32 a layer, rounded once. The adapters stay as they
         are and rest. With `keep_original` the old bits are kept for `unmerge`, at the price of their memory; without,
-        `detach` leaves the merged weights behind.
+        `detach` leaves the merged weights behind. Without, a merge that was done before becomes final.
 
         Raises:
             MergeError: merged already, not finite, or another active adapter works on a weight that would change.
                 The weights are then as they were.
         """
+        if self.is_merged and not keep_original:
+            return self._finish_merge()
         if self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is merged already; unmerge before merging again")
         if Groups(self.model).on_disk():
@@ -342,11 +329,11 @@ class Network:
         done: list[tuple[nn.Module, Mount]] = []
         rows = []
         try:
-            for holder, mount in self._mounts():
+            for path, holder, mount in self._mounts():
                 if any(name in names and name not in mount.off for name, _ in adapters_of(holder, mount)):
                     largest, relative = merge_layer(holder, mount, names - mount.off)
                     done.append((holder, mount))
-                    rows.append((mount.path, largest, relative))
+                    rows.append((path, largest, relative))
         except BaseException:
             for holder, mount in done:
                 unmerge_layer(holder, mount, names)
@@ -355,6 +342,18 @@ class Network:
             for _, mount in done:
                 forget_original(mount)
         return MergeReport(tuple(rows))
+
+    def _finish_merge(self) -> MergeReport:
+        """Drop the old bits of what is merged already."""
+        for *_, mount in self._mounts():
+            if set(self.names) & set(mount.merged):
+                forget_original(mount)
+        return MergeReport(())
+
+    def _check_unchanged(self) -> None:
+        for _, holder, mount in self._mounts():
+            if set(self.names) & set(mount.merged):
+                check_unchanged(holder, mount)
 
     def unmerge(self) -> None:
         """Give the weights back their exact bits.
@@ -365,16 +364,19 @@ class Network:
         if not self.is_merged:
             raise MergeError(f"{', '.join(self.names)} is not merged")
         at_rest(self.model)
-        for holder, mount in self._mounts():
+        self._check_unchanged()
+        for _, holder, mount in self._mounts():
             unmerge_layer(holder, mount, set(self.names))
 
     def detach(self) -> None:
         """Take the adapters off: forward, weights, keys and requires_grad of the model are as before."""
         at_rest(self.model)
+        self._check_unchanged()
         for module in list(self.model.modules()):
             for name in self.names:
                 take_off(module, name)
         restore_fast_paths(self.model)
+        free_saving(self.model)
         for parameter in self._unfreeze:
             parameter.requires_grad_(True)
         self._unfreeze = []

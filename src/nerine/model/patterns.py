@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from nerine.errors import OptionError
+from nerine.model.pipeline import unwrapped
 
 __all__ = ["Match", "Predicate", "is_explicit", "lineage", "matches", "means"]
 
@@ -60,12 +61,14 @@ def is_explicit(match: Match, path: str, module: nn.Module) -> bool:
 
 def lineage(model: nn.Module, path: str) -> tuple[nn.Module, ...]:
     """The modules above the layer or parameter at `path`, the model first."""
-    found = [model]
-    for name in path.split(".")[:-1]:
-        child = found[-1]._modules.get(name)
-        if child is None:
+    found: list[nn.Module] = []
+    child: nn.Module | None = model
+    for name in path.split("."):
+        module = None if child is None else unwrapped(child)
+        if module is None:
             break
-        found.append(child)
+        found.append(module)
+        child = module._modules.get(name)
     return tuple(found)
 
 

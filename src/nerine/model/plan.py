@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from nerine.algorithms import prefers_weight
+from nerine.model.pipeline import HasComponents, as_model
 from nerine.model.targets import Targets, What, find_targets
 from nerine.site import Site
 from nerine.tables import table
@@ -77,13 +78,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, what: What, *, targets: Targets = "all", train_norm: bool = False) -> Plan:
+def plan(model: nn.Module | HasComponents, what: What, *, targets: Targets = "all", train_norm: bool = False) -> Plan:
     """What `attach` with the same arguments would do, layer by layer; the model is not touched.
 
     Raises:
         TargetError: no layer matches.
         OptionError: `what` is neither an algorithm nor a list of rules.
     """
+    model = as_model(model, "plan")
     chosen, skipped = find_targets(model, what, targets, train_norm)
     rows = []
     for target in chosen:

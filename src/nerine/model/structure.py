@@ -17,6 +17,7 @@ from importlib.resources import files
 from torch import nn
 
 from nerine.model.candidates import Candidate, candidates_of
+from nerine.model.pipeline import unwrapped
 from nerine.model.toml import parse
 
 __all__ = ["ROLES", "WEIGHTS", "Structure"]
@@ -106,12 +107,13 @@ class Structure:
             own = weights.get(id(module), [])
             node = _Node(name, module, above, weights=list(own), is_layer=bool(own))
             if not own:
-                fresh = [(n, m) for n, m in module._modules.items() if m is not None and id(m) not in seen]
+                parts = [(n, None if m is None else unwrapped(m)) for n, m in module._modules.items()]
+                fresh = [(n, m) for n, m in parts if m is not None and id(m) not in seen]
                 node.below = [grow(n, m, node) for n, m in fresh if id(m) not in seen and n != "nerine"]
                 node.weights = [c for child in node.below for c in child.weights]
             return node
 
-        return grow("", model, None)
+        return grow("", unwrapped(model) or model, None)
 
     def _mark(self, weights: Sequence[Candidate], role: str) -> None:
         for candidate in weights:

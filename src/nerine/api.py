@@ -230,7 +230,7 @@ def read_fittings(
     _complain(checkpoint.report, choice.strict)
     spots = {path: spot_at(spots, path) for path in checkpoint.layers}
     check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
-    wanted = strengths_at(strength, [(path, spot.holder) for path, spot in spots.items()])
+    wanted = strengths_at(strength, [(path, spot.holder) for path, spot in spots.items()], model)
     with present(model):
         for (path, layer), own in zip(checkpoint.layers.items(), wanted, strict=True):
             record, note = _completed(layer, spots[path], dtype)

@@ -257,7 +257,7 @@ class Network:
                 raise OptionError("set_strength: strengths by pattern say which layers they mean; leave match out")
             value = {match: value}
         found = list(self.located())
-        wanted = strengths_at(value, [(path, holder) for path, holder, *_ in found])
+        wanted = strengths_at(value, [(path, holder) for path, holder, *_ in found], self.model)
         for (*_, adapter), strength in zip(found, wanted, strict=True):
             adapter.strength = adapter.strength if strength is None else strength
         return sum(strength is not None for strength in wanted)

@@ -12,7 +12,7 @@ from torch import nn
 
 from nerine.errors import OptionError, TargetError, nearest
 from nerine.model.adapter import check_strength
-from nerine.model.targets import Match, matches
+from nerine.model.patterns import Match, lineage, matches
 
 __all__ = ["Strength", "check_strengths", "strengths_at"]
 
@@ -33,8 +33,8 @@ def check_strengths(value: Strength) -> None:
             raise OptionError(f"{match!r}: {error}") from None
 
 
-def strengths_at(value: Strength, layers: Sequence[tuple[str, nn.Module]]) -> list[float | None]:
-    """The strength of each layer (path, module); None where no pattern matches it.
+def strengths_at(value: Strength, layers: Sequence[tuple[str, nn.Module]], model: nn.Module) -> list[float | None]:
+    """The strength of each layer (path, module) of `model`; None where no pattern matches it.
 
     Raises:
         OptionError: it is no strength.
@@ -45,7 +45,7 @@ def strengths_at(value: Strength, layers: Sequence[tuple[str, nn.Module]]) -> li
         return [float(value)] * len(layers)
     found: list[float | None] = [None] * len(layers)
     for match, number in value.items():
-        at = [i for i, (path, module) in enumerate(layers) if matches(match, path, module)]
+        at = [i for i, (path, module) in enumerate(layers) if matches(match, path, module, lineage(model, path))]
         if not at:
             names = dict.fromkeys(part for path, _ in layers for part in path.split(".") if not part.isdigit())
             hint = nearest(match.split(".")[-1], names) if isinstance(match, str) else ""

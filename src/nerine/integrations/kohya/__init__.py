@@ -17,11 +17,14 @@ from nerine.integrations.kohya.arguments import ARGUMENTS
 from nerine.integrations.kohya.network import KohyaNetwork
 from nerine.integrations.kohya.parts import view
 from nerine.integrations.kohya.presets import enables_conv
+from nerine.integrations.lycoris.arguments import defaults_of, parse_arguments
 from nerine.integrations.lycoris.settings import logger
-from nerine.integrations.lycoris.wrapper import defaults_of, parse_arguments, source_of
+from nerine.integrations.lycoris.sources import source_of
 from nerine.model.adapter import Noise
 
-__all__ = ["KohyaNetwork", "create_network", "create_network_from_weights"]
+__all__ = ["KohyaNetwork", "LycorisNetworkKohya", "create_network", "create_network_from_weights"]
+
+LycorisNetworkKohya = KohyaNetwork  # what LyCORIS calls it; `create_network` makes one
 
 
 def create_network(

@@ -27,8 +27,8 @@ from nerine.integrations.kohya.timesteps import listen
 from nerine.integrations.lycoris.building import Defaults, Wish, build
 from nerine.integrations.lycoris.hosted import Hosted
 from nerine.integrations.lycoris.modules import hosted_of
+from nerine.integrations.lycoris.network import LycorisNetwork
 from nerine.integrations.lycoris.settings import logger
-from nerine.integrations.lycoris.wrapper import LycorisNetwork
 from nerine.model.adapter import Noise
 from nerine.model.fitting import Fitting
 

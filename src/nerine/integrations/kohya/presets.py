@@ -12,10 +12,10 @@ from torch import nn
 from nerine.errors import OptionError, TargetError, nearest
 from nerine.integrations.kohya.layers import Choice
 from nerine.integrations.kohya.parts import Part
+from nerine.integrations.lycoris.arguments import named_preset
 from nerine.integrations.lycoris.building import overrides
 from nerine.integrations.lycoris.presets import PresetConfig, list_builtin_presets
 from nerine.integrations.lycoris.selection import selected
-from nerine.integrations.lycoris.wrapper import named_preset
 from nerine.model.layer import layer_kind
 from nerine.model.presets import PRESETS, preset_of
 from nerine.model.presets import choose as by_structure

@@ -1,52 +1,30 @@
-"""LyCORIS's wrapper: a network of adapters that a host owns, for any module. `create_lycoris` makes one, `apply_to`
-puts it on.
-
-The presets that `LycorisNetwork.apply_preset` sets stay on the class, for that is the interface; a network copies them
-when it is made, and takes a preset of its own as well.
-"""
+"""LyCORIS's wrapper: `create_lycoris` and `create_lycoris_from_weights`, for any module."""
 
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatch
-from pathlib import Path
-from re import match as begins
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nerine.api import Choice, read_fittings, read_params, save
-from nerine.errors import MergeError, OptionError, TargetError, nearest
-from nerine.files.atomic import replacing
-from nerine.files.folder import open_adapter
-from nerine.files.reports import LoadReport
-from nerine.files.store import Source
-from nerine.integrations.arguments import as_bool, as_float, as_int, parse, renamed
-from nerine.integrations.lycoris.building import Defaults, Wish, build, overrides
-from nerine.integrations.lycoris.hosted import Hosted, free_name, strengths
+from nerine.api import Choice, read_fittings
+from nerine.errors import OptionError
+from nerine.integrations.lycoris.arguments import defaults_of, named_preset, parse_arguments
 from nerine.integrations.lycoris.modules import hosted_of
-from nerine.integrations.lycoris.presets import VALID_PRESET_KEYS, PresetConfig, list_builtin_presets, read_preset
-from nerine.integrations.lycoris.selection import selected
-from nerine.integrations.lycoris.settings import DEPRECATED, LAYER_OPTIONS, ignores, logger
-from nerine.model.adapter import Context
-from nerine.model.fitting import check_name, put_in
-from nerine.model.network import Network
+from nerine.integrations.lycoris.network import LycorisNetwork
+from nerine.integrations.lycoris.presets import PresetConfig
+from nerine.integrations.lycoris.settings import noise_of
+from nerine.integrations.lycoris.sources import source_of
+from nerine.model.adapter import Noise
 
 __all__ = ["LycorisNetwork", "create_lycoris", "create_lycoris_from_weights"]
 
-_ARGUMENTS = {
-    **{name: kind for name, kind in LAYER_OPTIONS.items() if name not in ("dim", "alpha")},
-    "conv_dim": as_int,
-    "conv_alpha": as_float,
-    "train_norm": as_bool,
-    "train_llm_adapter": as_bool,
-    "preset": lambda name, value: "full" if value is None else value,
-    "weight_decompose": as_bool,
-}
-PICKLED = (".pt", ".ckpt", ".bin", ".pth")
+
+def _table(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, Mapping | PresetConfig):
+        raise OptionError(f"{name}: expected a table such as {{'target_module': ['Attention']}}, got {value!r}")
+    return value
 
 
 def create_lycoris(
@@ -62,14 +40,15 @@ def create_lycoris(
     The arguments are LyCORIS's `network_args`: algo, conv_dim, conv_alpha, dropout, rank_dropout, module_dropout,
     use_tucker, use_scalar, rs_lora, block_size, train_norm, constraint, rescaled, dora_wd, wd_on_output, full_matrix,
     decompose_both, factor, unbalanced_factorization, bypass_mode, preset (a name, a file, a table or a PresetConfig).
-    Values may be text.
+    Values may be text. `apply_preset` is a table that is applied after the preset: SimpleTuner hands its own on.
 
     Raises:
         OptionError: an unknown argument, or a bad value.
         TargetError: no layer matches.
     """
-    given, preset = parse_arguments(kwargs, "create_lycoris")
+    given, preset = parse_arguments(kwargs, "create_lycoris", {"apply_preset": _table})
     LycorisNetwork.apply_preset(named_preset(preset))
+    LycorisNetwork.apply_preset(given.pop("apply_preset", None) or {})
     dim = 4 if linear_dim is None else int(linear_dim)
     defaults = defaults_of(given, dim, linear_alpha)
     return LycorisNetwork(
@@ -95,412 +74,24 @@ def create_lycoris_from_weights(
     **kwargs: Any,
 ) -> tuple[LycorisNetwork, Mapping[str, Tensor]]:
     """The adapters of a file (in any dialect) or of its tensors for `module`, not on it before `apply_to`; and the
-    tensors. Pickles are read without running anything in them.
+    tensors. Of `kwargs` the dropouts count; what else they say of adapters the file knows better. Pickles are read
+    without running anything in them.
 
     Raises:
         FormatError: the file is damaged, or nothing in it belongs to `module`.
         ShapeError: a tensor does not fit its layer.
     """
+    given, _ = parse_arguments(kwargs, "create_lycoris_from_weights", {"apply_preset": _table})
     network = LycorisNetwork(module, init_only=True)
     with source_of(file, weights_sd) as source:
         report, fittings = read_fittings(module, source, Choice())
         tensors = weights_sd if weights_sd is not None else {key: source.read(key) for key in source.keys}
     prefix = LycorisNetwork.LORA_PREFIX
-    network.loras = [hosted_of(f, f"{prefix}_{f.spot.path}".replace(".", "_"), network.context) for f in fittings]
+    noise = Noise(**noise_of(given))
+    network.loras = [
+        hosted_of(f, f"{prefix}_{f.spot.path}".replace(".", "_"), network.context, noise) for f in fittings
+    ]
     network.report = report
     network.set_multiplier(multiplier)
     network.count()
     return network, tensors
-
-
-def parse_arguments(
-    kwargs: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], Any]:
-    """The parsed arguments, and the preset apart."""
-    values = dict(kwargs)
-    if as_bool("disable_conv_cp", values.pop("disable_conv_cp", False)):
-        values["use_tucker"] = False  # LyCORIS turns it on by this
-    given = parse(renamed(values, DEPRECATED), {**_ARGUMENTS, **(more or {})}, where)
-    if given.pop("weight_decompose", False):
-        logger.warning("weight_decompose is the name inside of modules, which LyCORIS ignores here; taken as dora_wd")
-        given["dora_wd"] = True
-    note = ignores(given)
-    if note:
-        logger.warning("%s", note)
-    return given, given.pop("preset", "full")
-
-
-def named_preset(preset: Any) -> dict[str, Any]:
-    """A preset as a table: a builtin name, the path of a file, a table, or a PresetConfig.
-
-    Raises:
-        OptionError: no such name, and no such file.
-        PresetValidationError: an unknown key.
-    """
-    if isinstance(preset, PresetConfig):
-        return preset.to_dict()
-    if isinstance(preset, Mapping):
-        return PresetConfig.from_dict(preset).to_dict()
-    known = list_builtin_presets()
-    if preset in known:
-        return known[preset].to_dict()
-    if not Path(preset).is_file():
-        raise OptionError(f"preset: {preset!r} is no file and no preset. {nearest(str(preset), known)}")
-    return read_preset(preset)
-
-
-def defaults_of(given: Mapping[str, Any], dim: int, alpha: float | None, conv: bool = True) -> Defaults:
-    """Ranks, alphas and options of all layers; a conv_dim or conv_alpha of 0 is that of linear layers. Without `conv`
-    convolutions with a kernel have none."""
-    options = {key: value for key, value in given.items() if key in LAYER_OPTIONS}
-    alpha = None if alpha is None else float(alpha)
-    if given.get("conv_dim") == 0:
-        logger.warning(
-            "conv_dim=0 means the rank of linear layers, as in LyCORIS; preset=full-lin leaves convolutions out"
-        )
-    return Defaults(
-        dim, alpha, (given.get("conv_dim") or dim) if conv else 0, given.get("conv_alpha") or alpha, options
-    )
-
-
-def source_of(file: Any, tensors: Mapping[str, Tensor] | None) -> Any:
-    """A file, or tensors in memory, as something to read from; a context."""
-    if tensors is not None:
-        return _Memory(Source.of(tensors, path=file or "(memory)"))
-    if file is None:
-        raise OptionError("expected a file or its tensors, got neither")
-    return open_adapter(file, allow_pickle=Path(file).suffix.lower() in PICKLED)
-
-
-class _Memory:
-    """Tensors in memory as an open file."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __enter__(self) -> Source:
-        return self._source
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-class LycorisNetwork(nn.Module):
-    """Adapters for the layers of `module`; `loras` are the modules, one a layer.
-
-    They are registered as children, under their `lora_name`, by `apply_to`; so `parameters()` and `state_dict()` have
-    nothing before. `state_dict` has LyCORIS's keys.
-    """
-
-    ENABLE_CONV: ClassVar[bool] = True
-    TARGET_REPLACE_MODULE: ClassVar[list[str]] = ["Linear", "Conv1d", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm"]
-    TARGET_REPLACE_NAME: ClassVar[list[str]] = []
-    LORA_PREFIX: ClassVar[str] = "lycoris"
-    MODULE_ALGO_MAP: ClassVar[Mapping[str, Any]] = {}
-    NAME_ALGO_MAP: ClassVar[Mapping[str, Any]] = {}
-    USE_FNMATCH: ClassVar[bool] = False
-    TARGET_EXCLUDE_NAME: ClassVar[list[str]] = []
-
-    _PRESET_NAMES: ClassVar[Mapping[str, str]] = {
-        "enable_conv": "ENABLE_CONV",
-        "target_module": "TARGET_REPLACE_MODULE",
-        "target_name": "TARGET_REPLACE_NAME",
-        "module_algo_map": "MODULE_ALGO_MAP",
-        "name_algo_map": "NAME_ALGO_MAP",
-        "lora_prefix": "LORA_PREFIX",
-        "use_fnmatch": "USE_FNMATCH",
-        "exclude_name": "TARGET_EXCLUDE_NAME",
-    }
-
-    loras: list[Hosted]
-    skipped: Mapping[str, str]
-    algo_table: dict[str, int]
-    report: LoadReport | None
-    context: Context
-    network: Network | None
-    alpha: float | None
-    conv_alpha: float | None
-
-    @classmethod
-    def apply_preset(cls, preset: Mapping[str, Any] | PresetConfig) -> type[LycorisNetwork]:
-        """Set what the networks made after this choose; what the preset leaves out stays as it is.
-
-        Raises:
-            KeyError: an unknown key (as in LyCORIS), with the nearest known ones.
-        """
-        table = preset.to_dict() if isinstance(preset, PresetConfig) else preset
-        for key in table:
-            if key not in VALID_PRESET_KEYS:
-                raise KeyError(f"Unknown preset key {key!r}. {nearest(key, VALID_PRESET_KEYS)}")
-        for key, attribute in cls._PRESET_NAMES.items():
-            if key in table:
-                setattr(cls, attribute, table[key])
-        return cls
-
-    def __init__(
-        self,
-        module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        conv_lora_dim: int = 4,
-        alpha: float | None = 1,
-        conv_alpha: float | None = 1,
-        use_tucker: bool = False,
-        dropout: float = 0,
-        rank_dropout: float = 0,
-        module_dropout: float = 0,
-        network_module: str = "locon",
-        norm_modules: Any = None,
-        train_norm: bool = False,
-        init_only: bool = False,
-        warn_on_unmatched: bool = True,
-        train_llm_adapter: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self._begin(module, multiplier)
-        self.lora_dim = 0 if init_only else lora_dim
-        self.alpha = 1 if init_only else alpha
-        self.conv_lora_dim = 0 if init_only or not self.ENABLE_CONV else int(conv_lora_dim)
-        self.conv_alpha = None if conv_alpha is None else float(conv_alpha)
-        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
-        self.use_tucker = use_tucker
-        self.train_llm_adapter = train_llm_adapter
-        if init_only:
-            return
-        noise = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
-        own = {"algo": network_module, "use_tucker": use_tucker, **noise, **kwargs}
-        options = overrides(own, type(self).__name__)
-        defaults = Defaults(int(lora_dim), alpha, self.conv_lora_dim, self.conv_alpha, options)
-        chosen = selected(
-            module,
-            self.preset(),
-            target_modules=self.TARGET_REPLACE_MODULE,
-            target_names=self.TARGET_REPLACE_NAME,
-            train_norm=train_norm,
-            train_llm_adapter=train_llm_adapter,
-        )
-        wishes = [
-            Wish(path, f"{self.LORA_PREFIX}_{path}".replace(".", "_"), overrides(given, path))
-            for path, given in chosen.items()
-        ]
-        built = build(module, wishes, defaults, multiplier, self.context)
-        self.loras = list(built.modules)
-        self.skipped = built.skipped
-        self.count()
-        if not self.loras:
-            raise TargetError(_nothing(module, self))
-
-    def _begin(self, model: nn.Module, multiplier: float) -> None:
-        self.multiplier = multiplier
-        self.loras = []
-        self.skipped = {}
-        self.algo_table = {}
-        self.report = None
-        self.__dict__["model"] = model  # not registered: it is the host's
-        self.context = Context(model=weakref.ref(model))
-        self.network = None  # the handle, once the adapters are on
-        self._precise = 0.0
-
-    def preset(self) -> dict[str, Any]:
-        """What this class of networks chooses now, as a table."""
-        return {key: getattr(self, attribute) for key, attribute in self._PRESET_NAMES.items()}
-
-    def count(self) -> None:
-        """Set `algo_table`: how many modules there are of each class."""
-        self.algo_table = {}
-        for lora in self.loras:
-            kind = type(lora).__name__
-            self.algo_table[kind] = self.algo_table.get(kind, 0) + 1
-        logger.info("%d modules: %s", len(self.loras), self.algo_table)
-
-    # -- matching, as LyCORIS's presets do it ---------------------------------------------------------------------
-    def match_fn(self, pattern: str, name: str) -> bool:
-        """Whether a pattern of a preset means a name."""
-        return fnmatch(name, pattern) if self.USE_FNMATCH else bool(begins(pattern, name))
-
-    def is_excluded(self, name: str, patterns: Sequence[str] | None = None) -> bool:
-        """Whether `exclude_name` keeps a path out."""
-        given = self.TARGET_EXCLUDE_NAME if patterns is None else patterns
-        return bool(name) and any(name == pattern or self.match_fn(pattern, name) for pattern in given)
-
-    def find_conf_for_name(self, name: str) -> Any:
-        """The options that `name_algo_map` has for a path, or None."""
-        if name in self.NAME_ALGO_MAP:
-            return self.NAME_ALGO_MAP[name]
-        return next((value for key, value in self.NAME_ALGO_MAP.items() if self.match_fn(key, name)), None)
-
-    # -- on and off ----------------------------------------------------------------------------------------------
-    def apply_to(self) -> None:
-        """Put the adapters on their layers, and register them as children."""
-        self._put_all(self.loras)
-
-    def _put_all(self, loras: Sequence[Hosted]) -> None:
-        self._put_on(loras)
-        for lora in loras:
-            if lora.lora_name not in self._modules:
-                self.add_module(lora.lora_name, lora)
-
-    def _put_on(self, loras: Sequence[Hosted]) -> None:
-        if self.network is not None:
-            return
-        model: nn.Module = self.__dict__["model"]
-        name = free_name(model, "lycoris")
-        check_name(model, name)
-        ready = [(lora.spot, lora.adapter) for lora in loras]
-        self.network, _ = put_in(model, ready, name, own=False, freeze=False)
-        for lora in loras:
-            lora.__dict__["applied_as"] = name
-            lora.train(self.training)
-
-    def restore(self) -> None:
-        """Take them off; the model is bitwise what it was (but for what was merged for good)."""
-        if self.network is not None:
-            self.network.detach()
-        self.network = None
-        for lora in self.loras:
-            lora.__dict__["applied_as"] = ""
-
-    def set_multiplier(self, multiplier: float) -> None:
-        """The strength of all adapters."""
-        self.multiplier = multiplier
-        for lora in self.loras:
-            lora.multiplier = multiplier
-
-    # -- merging -------------------------------------------------------------------------------------------------
-    def is_mergeable(self) -> bool:
-        """Whether `merge_to` can be called: always. A weight that cannot take a merge says why when it is tried."""
-        return True
-
-    def merge_to(self, weight: float = 1.0, *, precise: bool = False) -> None:
-        """Put the adapters into the weights at strength `weight`; they rest from then on, and are not counted twice.
-
-        With `precise` the old bits are kept: further merges add to the strength, each result is rounded once from the
-        old weights, and when the strengths sum up to zero the old bits are back.
-
-        Raises:
-            MergeError: a weight cannot take it. The weights are then as they were.
-        """
-        was_on = self.network is not None
-        self._put_on(self.loras)
-        network = self._handle("merge")
-        if not precise:
-            with strengths(self.loras, weight):
-                network.merge(keep_original=False)
-            if not was_on:
-                self.restore()
-            return
-        total = self._precise + weight
-        if network.is_merged:
-            network.unmerge()
-        if abs(total) > 1e-12:
-            with strengths(self.loras, total):
-                network.merge()
-        self._precise = total
-        if abs(total) <= 1e-12 and not self._modules:
-            self.restore()
-
-    def onfly_merge(self, weight: float = 1.0) -> None:
-        """Put the adapters into the weights at strength `weight`, keeping the old bits for `onfly_restore`."""
-        self._put_on(self.loras)
-        with strengths(self.loras, weight):
-            self._handle("merge").merge()
-
-    def onfly_restore(self) -> None:
-        """Give the weights their bits back.
-
-        Raises:
-            MergeError: nothing is merged.
-        """
-        self._handle("restore").unmerge()
-        if not self._modules:
-            self.restore()
-
-    def _handle(self, doing: str) -> Network:
-        if self.network is None:
-            raise MergeError(f"the adapters are not on the model: apply_to comes first, then {doing}")
-        return self.network
-
-    # -- training ------------------------------------------------------------------------------------------------
-    def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
-        """Shrink the adapters whose |W' - W| is larger; (how many were, the mean norm, the largest norm)."""
-        found = self._handle("max norm").max_norm(float(max_norm_value))
-        return found.shrunk, found.mean, found.largest
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Nothing to do: adapters keep little for the backward pass, and work under the model's own checkpointing."""
-
-    def prepare_optimizer_params(self, lr: float | None = None) -> list[dict[str, Any]]:
-        """One group with the trained tensors."""
-        self.requires_grad_(True)
-        group: dict[str, Any] = {"params": [p for lora in self.loras for p in lora.parameters()]}
-        return [group if lr is None else {**group, "lr": lr}]
-
-    def prepare_grad_etc(self, *_: Any) -> None:
-        """Switch the training of all tensors on."""
-        self.requires_grad_(True)
-
-    def on_epoch_start(self, *_: Any) -> None:
-        """Switch dropouts on."""
-        self.train()
-
-    def get_trainable_params(self, *_: Any) -> Iterator[nn.Parameter]:
-        """The trained tensors."""
-        return self.parameters()
-
-    # -- files ---------------------------------------------------------------------------------------------------
-    def load_weights(self, file: str | os.PathLike[str]) -> dict[str, list[str]]:
-        """Take the tensors of a file, in any dialect; {"missing keys": layers, "unexpected keys": keys}, of which those
-        that are empty are left out.
-
-        Raises:
-            FormatError: damaged, or nothing in it belongs here.
-            ShapeError: it has other adapters than this network.
-        """
-        with source_of(file, None) as source:
-            return self._take(source)
-
-    def _take(self, source: Source) -> dict[str, list[str]]:
-        placed = {lora.spot.path: (lora.spot, lora.adapter) for lora in self.loras}
-        self.report, found = read_params(self.__dict__["model"], placed, source, Choice())
-        if self.network is not None:
-            self.network.not_merged("load tensors")
-        by_path = {lora.spot.path: lora for lora in self.loras}
-        for path, params in found.items():
-            by_path[path].adapter.take(params)
-        odd = {"missing keys": [by_path[p].lora_name for p in self.report.missing]}
-        odd["unexpected keys"] = list(self.report.unmatched)
-        return {key: names for key, names in odd.items() if names}
-
-    def save_weights(
-        self, file: str | os.PathLike[str], dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """Write the adapters in LyCORIS's dialect, whole or not at all; `dtype` casts the tensors.
-
-        Raises:
-            FormatError: the folder does not exist, or two layers would bear one name.
-        """
-        self._write(file, dtype, metadata, "lycoris")
-
-    def _write(
-        self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None, dialect: str
-    ) -> None:
-        if Path(file).suffix.lower() in PICKLED:
-            state = {key: t.cpu() if dtype is None else t.cpu().to(dtype) for key, t in self.state_dict().items()}
-            with replacing(Path(file)) as stream:
-                torch.save(state, stream)
-            return
-        about = {key: str(value) for key, value in (metadata or {}).items() if key not in ("nerine", "format")}
-        save(self._handle("save"), file, dialect=dialect, dtype=dtype, metadata=about, hashes=True)
-
-
-def _nothing(model: nn.Module, network: LycorisNetwork) -> str:
-    """Why no layer has an adapter."""
-    if network.skipped:
-        path, why = next(iter(network.skipped.items()))
-        return f"every layer that the preset chooses was left out. {path}: {why}"
-    kinds = sorted({type(m).__name__ for m in model.modules() if not m._parameters})
-    return (
-        f"the preset chooses no layer of {type(model).__name__}: target_module={network.TARGET_REPLACE_MODULE}, "
-        f"target_name={network.TARGET_REPLACE_NAME}. Its classes: {', '.join(kinds[:20])}"
-    )

@@ -51,8 +51,16 @@ def rounded(variant: str) -> tuple[Any, Any]:
     return encoder.float().eval(), denoiser.float().eval()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("algo", ALGORITHMS)
+# Each algorithm alone and each variant once; the other pairs are slow tests.
+QUICK = {*((algo, "plain") for algo in ALGORITHMS), *(("lokr", variant) for variant in VARIANTS), ("loha", "dora")}
+
+
+def pairs() -> list[Any]:
+    every = [(algo, variant) for algo in ALGORITHMS for variant in VARIANTS]
+    return [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in every]
+
+
+@pytest.mark.parametrize(("algo", "variant"), pairs())
 def test_trained_is_saved_is_resumed_is_merged(tmp_path: Path, algo: str, variant: str) -> None:
     file = tmp_path / "style.safetensors"
     encoder, denoiser = stand_in.text_encoder(), stand_in.unet()
@@ -141,7 +149,7 @@ def test_rates_of_text_encoders_unet_blocks_rules_and_lora_plus() -> None:
     assert names == ["unet", "unet plus"]
     with pytest.raises(OptionError, match="nothing would be trained"):
         network.prepare_optimizer_params(0, 0, 0)
-    with pytest.raises(OptionError, match="text encoder 2 has none|2 rates"):
+    with pytest.raises(OptionError, match="2 rates, and text encoder 3 has none"):
         kohya.create_network(1.0, 4, 2.0, None, [*encoders, stand_in.text_encoder()], None).prepare_optimizer_params(
             [1e-3, 2e-3], None, 1e-3
         )
@@ -296,5 +304,5 @@ def test_state_dict_goes_through_accelerate_and_back(tmp_path: Path) -> None:
     assert not report.unexpected_keys
     network.eval()
     torch.testing.assert_close(output(fresh_encoder.eval(), fresh.eval()), output(encoder, denoiser), rtol=0, atol=1e-6)
-    with pytest.raises(RuntimeError, match="unexpected|Unexpected"):
+    with pytest.raises(RuntimeError, match="Unexpected key"):
         network.load_state_dict({**state, "lora_unet_conv_in.nothing": torch.ones(1)})

@@ -1,4 +1,4 @@
-"""nerine.lycoris beside LyCORIS 4.1.3: the same names, shapes and keys, files that either reads, and the same script."""
+"""nerine.lycoris beside LyCORIS 4.1.3: names, shapes and keys, files that either reads, and the same script."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nerine.lycoris as ours
+from nerine import TargetError
 
 theirs = pytest.importorskip("lycoris", reason="needs lycoris-lora: pip install 'nerine[peers]'")
 pytestmark = [pytest.mark.peers, pytest.mark.no_device_guard]
@@ -138,8 +139,11 @@ def test_a_file_of_theirs_loads_in_ours(tmp_path: Path, name: str) -> None:
     want = plain(x).detach()
     network.save_weights(str(tmp_path / "x.safetensors"), torch.float32, {})
     if name == "dylora":  # it trains at another scale than its files have; here the file counts
-        other, _ = theirs.create_lycoris_from_weights(1.0, str(tmp_path / "x.safetensors"), again := model(False))
-        other.apply_to()
+        again, state = model(False), network.state_dict()  # (which its own loader fails to read for convolutions)
+        for name_in_file in {key.split(".")[0] for key in state}:
+            weight = again.get_submodule(name_in_file.removeprefix("lycoris_")).weight
+            up, down = (state[f"{name_in_file}.lora_{part}.weight"].flatten(1) for part in ("up", "down"))
+            weight.data += (up @ down).view_as(weight) * 2 / 4
         assert not torch.allclose(again(x), want, atol=1e-3)
         want = again(x).detach()
     for way in ("apply", "merge", "load_weights"):
@@ -273,16 +277,10 @@ def test_onfly_and_precise_merges_give_the_bits_back() -> None:
 
 
 def test_what_no_target_matches_is_an_error_that_names_classes() -> None:
-    with pytest.raises(ours_error(), match="Model|Linear"):
+    with pytest.raises(TargetError, match="chooses no layer of Model"):
         ours.create_lycoris(model(), 1.0, 4, 2, apply_preset={"target_module": ["Attention"]})
     with pytest.raises(KeyError, match="target_module"):
         ours.LycorisNetwork.apply_preset({"target_modul": []})
-
-
-def ours_error() -> type[Exception]:
-    from nerine import TargetError
-
-    return TargetError
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4])

@@ -22,6 +22,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip instal
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'nerine[train]'")
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'nerine[peers]'")
 safetensors = pytest.importorskip("safetensors")
+pytest.importorskip("safetensors.torch")
 
 from tiny_pipelines import ENCODERS, PIPELINES, run, sd, sdxl  # noqa: E402
 
@@ -98,6 +99,21 @@ def test_as_diffusers_loads_the_same_file(name: str, tmp_path: Path) -> None:
     equal(run(mine), run(theirs), base)
     network.merge()
     equal(run(mine), run(theirs), base)
+
+
+def test_t5_of_flux_under_the_name_that_sd_scripts_gives_it(tmp_path: Path) -> None:
+    """The third text encoder in a file, the second of the pipeline."""
+    pipe = PIPELINES["flux"]()
+    network = adapted(pipe)
+    nerine.save(network, tmp_path / "a.safetensors", dialect="kohya")
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    renamed = {key.replace("lora_te2_", "lora_te3_"): t for key, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    safetensors.torch.save_file(renamed, tmp_path / "b.safetensors")
+    other = PIPELINES["flux"]()
+    loaded = nerine.load(other, tmp_path / "b.safetensors", strict=True)
+    assert {p for p, *_ in loaded.adapters() if "text" in p} == {p for p, *_ in network.adapters() if "text" in p}
+    equal(run(other), run(pipe), run(PIPELINES["flux"]()))
 
 
 def test_parts_are_referred_to_and_nothing_else() -> None:

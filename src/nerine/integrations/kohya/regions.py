@@ -8,7 +8,6 @@ Source: the protocol of sd-scripts' `networks/lora.py`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -24,6 +23,16 @@ __all__ = ["Region"]
 Forward = Callable[..., Tensor]
 
 
+class _InRegion:
+    """A layer's forward with one network's share; `base` is the forward within, `before` what the layer had set."""
+
+    def __init__(self, act: Forward, lora: Hosted, mount: Mount, base: Any, before: Any) -> None:
+        self.act, self.lora, self.mount, self.base, self.before = act, lora, mount, base, before
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.act(self.lora, self.mount, self.base, x, *args, **kwargs)
+
+
 class Region:
     """One network's share of a picture."""
 
@@ -32,7 +41,7 @@ class Region:
         self.masks: dict[int, Tensor] = {}  # by number of positions
         self.batch, self.prompts = 1, 1
         self.shared: dict[str, Any] = {}
-        self._entered: list[tuple[nn.Module, Any, Mount, str]] = []
+        self._entered: list[tuple[nn.Module, _InRegion, Mount, str]] = []
 
     # -- in and out ----------------------------------------------------------------------------------------------
     def enter(self, loras: Sequence[Hosted], encoders: Collection[str]) -> None:
@@ -40,20 +49,25 @@ class Region:
         for lora in loras:
             layer, name = lora.spot.caller or lora.spot.holder, lora.applied_as
             mount: Mount = lora.spot.holder.__dict__[MOUNTS][lora.spot.key]
-            before = layer.__dict__.get("forward")
             mount.off.add(name)
-            base: Forward = layer.forward
             in_text = any(lora.lora_name.startswith(f"{prefix}_") for prefix in encoders)
-            layer.__dict__["forward"] = functools.partial(self._forward(lora.lora_name, in_text), lora, mount, base)
-            self._entered.append((layer, before, mount, name))
+            act = self._forward(lora.lora_name, in_text)
+            own = layer.__dict__["forward"] = _InRegion(act, lora, mount, layer.forward, layer.__dict__.get("forward"))
+            self._entered.append((layer, own, mount, name))
 
     def leave(self) -> None:
-        """Give the layers back."""
-        for layer, before, mount, name in reversed(self._entered):
-            if before is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = before
+        """Give the layers back; others that have come since stay around them."""
+        for layer, own, mount, name in self._entered:
+            outer = layer.__dict__["forward"]
+            if outer is own:
+                layer.__dict__["forward"] = own.before
+                if own.before is None:
+                    del layer.__dict__["forward"]
+            while isinstance(outer, _InRegion) and outer is not own:
+                if outer.base is own:
+                    outer.base, outer.before = own.base, own.before
+                    break
+                outer = outer.base
             mount.off.discard(name)
         self._entered = []
 

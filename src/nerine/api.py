@@ -344,6 +344,7 @@ def read_params(
             found[own] = padded(adapter, params) if choice.swap else params
             adapter.check_same(record.algorithm, found[own])
     report = checkpoint.report.only({*placed, *parts}, "the network has no adapter there")
+    report = replace(report, missing=tuple(path for path in report.missing if path not in found))
     report = report.lacking(tuple(path for path in placed if path not in found))
     _complain(report, choice.strict)
     return replace(report, notes=(*report.notes, *notes)), found
@@ -357,9 +358,9 @@ def _share(path: str, rows: tuple[int, int], adapter: Adapter) -> Callable[[Reco
         tensors = dict(part.params.tensors)
         if set(tensors) != {"down", "up"} or "up" not in adapter.names:
             return part
-        rank = adapter.params().tensors["up"].shape[1]
-        acts = tensors["up"].flatten(2).ne(0).any(-1).any(0) if tensors["up"].dim() > 2 else tensors["up"].ne(0).any(0)
-        if int(acts.sum()) > rank:
+        rank, up = adapter.params().tensors["up"].shape[1], tensors["up"].flatten(1)
+        acts = torch.ones_like(up[0], dtype=torch.bool) if up.is_meta else up.ne(0).any(0)
+        if not up.is_meta and int(acts.sum()) > rank:
             return part
         kept = torch.argsort(acts.int(), descending=True, stable=True)[:rank].sort().values
         tensors = {"down": tensors["down"][kept], "up": tensors["up"][:, kept]}

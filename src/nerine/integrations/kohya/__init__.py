@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nerine.api import Choice, read_fittings
+from nerine.errors import OptionError
 from nerine.integrations.kohya.arguments import ARGUMENTS
 from nerine.integrations.kohya.network import KohyaNetwork
 from nerine.integrations.kohya.parts import view
@@ -49,6 +50,10 @@ def create_network(
     if kwargs.get("dropout") is None:
         kwargs["dropout"] = neuron_dropout
     given, preset = parse_arguments(kwargs, "network_args", ARGUMENTS)
+    if given.get("split_qkv") and (given.get("algo") or "lora") not in ("lora", "locon"):
+        raise OptionError(
+            f"network_args: split_qkv: only lora can be split and written as one layer, not {given['algo']}"
+        )
     dim = 4 if network_dim is None else int(network_dim)
     defaults = defaults_of(given, dim, 1.0 if network_alpha is None else float(network_alpha), enables_conv(preset))
     if given.get("algo") == "ia3" and preset != "ia3":

@@ -363,7 +363,8 @@ def _share(path: str, rows: tuple[int, int], adapter: Adapter) -> Callable[[Reco
         if not up.is_meta and int(acts.sum()) > rank:
             return part
         kept = torch.argsort(acts.int(), descending=True, stable=True)[:rank].sort().values
-        tensors = {"down": tensors["down"][kept], "up": tensors["up"][:, kept]}
-        return replace(part, params=Params(tensors, part.params.scale))
+        ratio = part.params.scale / adapter.scale if adapter.scale else 1.0  # as it was trained, at the scale it had
+        tensors = {"down": tensors["down"][kept], "up": tensors["up"][:, kept] * ratio}
+        return replace(part, params=Params(tensors, adapter.scale or part.params.scale))
 
     return cut

@@ -52,10 +52,11 @@ def indices(name: str, text: str) -> frozenset[int] | None:
         return frozenset()
     found: set[int] = set()
     for part in words.split(","):
-        first, _, last = part.partition("-")
-        if not first.strip().isdigit() or not (last or first).strip().isdigit() or int(last or first) < int(first):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.strip().isdigit() or not last.strip().isdigit() or int(last) < int(first):
             raise OptionError(f"{name}: expected blocks such as all, none or 0-3,7, got {text!r}")
-        found.update(range(int(first), int(last or first) + 1))
+        found.update(range(int(first), int(last) + 1))
     return frozenset(found)
 
 

@@ -7,7 +7,7 @@ here, or a layer that is fused there and split here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,12 +96,17 @@ class Index:
             return found
         return [match for match in found if match.name == stem.name] or found
 
-    def parts_for(self, component: str) -> list[str]:
-        """The parts of the model in which names of `component` are looked up, the likeliest first."""
+    def parts_for(self, component: str, claimed: Collection[str] = ()) -> list[str]:
+        """The parts of the model in which names of `component` are looked up, the likeliest first.
+
+        Programs number text encoders differently, so a component without a part of its own may be any part, but for
+        those of other components that the file has names for (`claimed`).
+        """
         if not component:
             return ["", *(part for part in self.parts if part)]
         same = [part for part in self.parts if part and component_of(part) == component]
-        return list(dict.fromkeys([*same, *self.parts]))
+        free = [part for part in self.parts if not part or component_of(part) not in claimed]
+        return list(dict.fromkeys([*same, *free]))
 
 
 def _foreign(shapes: Mapping[str, Sequence[int]], lead: str) -> list[Match]:

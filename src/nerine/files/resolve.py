@@ -80,8 +80,25 @@ class Index:
             if part:
                 for path in shapes:
                     self._put(part, Match(path, (Place(f"{part}.{path}"),)))
-            for match in _foreign(shapes, f"{part}." if part else ""):
+            foreign = _foreign(shapes, f"{part}." if part else "")
+            for match in foreign:
                 self._put(part, match)
+            if component_of(part):
+                own = [Match(path, (Place(f"{part}.{path}"),)) for path in shapes]
+                self._put_as_elsewhere(part, [*own, *foreign])
+        for part, paths in split_parts(rows).items():
+            for path in paths if part else ():
+                self._put(part, Match(path[len(part) + 1 :], (Place(path),)))
+
+    def _put_as_elsewhere(self, part: str, matches: Iterable[Match]) -> None:
+        """The names of the layers of a part in whole pipelines, where hosts call that part something else: what is
+        `transformer` in diffusers is `diffusion_model` in ComfyUI. The model's own names go first."""
+        names = [name for name, component in COMPONENTS.items() if component == component_of(part)]
+        known = set(self._by_part[""])
+        for match in matches:
+            for name in names:
+                if flatten(f"{name}.{match.name}") not in known:
+                    self._put("", Match(f"{name}.{match.name}", match.places))
 
     def _put(self, part: str, match: Match) -> None:
         found = self._by_part[part].setdefault(flatten(match.name), [])

@@ -102,8 +102,9 @@ class _Job:
     def _matches(self, index: Index, sites: Mapping[str, Site], component: str | None) -> tuple[Found, dict[Stem, str]]:
         """What each name means, and why the names of other components were left."""
         by_component: dict[str, Found] = {}
+        claimed = {stem.component for stem in self.parts.layers}
         for stem in self.parts.layers:
-            for part in index.parts_for(stem.component, component or ""):
+            for part in index.parts_for(stem.component, component or "", claimed):
                 matches = index.find(stem, part)
                 if matches:
                     match = self._the_one(matches, stem)

@@ -7,7 +7,7 @@ here, or a layer that is fused there and split here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,8 +68,25 @@ class Index:
             if part:
                 for path in shapes:
                     self._put(part, Match(path, (Place(f"{part}.{path}"),)))
-            for match in _foreign(shapes, f"{part}." if part else ""):
+            foreign = _foreign(shapes, f"{part}." if part else "")
+            for match in foreign:
                 self._put(part, match)
+            if component_of(part):
+                own = [Match(path, (Place(f"{part}.{path}"),)) for path in shapes]
+                self._put_as_elsewhere(part, [*own, *foreign])
+        for part, paths in split_parts(rows).items():
+            for path in paths if part else ():
+                self._put(part, Match(path[len(part) + 1 :], (Place(path),)))
+
+    def _put_as_elsewhere(self, part: str, matches: Iterable[Match]) -> None:
+        """The names of the layers of a part in whole pipelines, where hosts call that part something else: what is
+        `transformer` in diffusers is `diffusion_model` in ComfyUI. The model's own names go first."""
+        names = [name for name, component in PARTS.items() if component == component_of(part)]
+        known = set(self._by_part[""])
+        for match in matches:
+            for name in names:
+                if flatten(f"{name}.{match.name}") not in known:
+                    self._put("", Match(f"{name}.{match.name}", match.places))
 
     def _put(self, part: str, match: Match) -> None:
         found = self._by_part[part].setdefault(flatten(match.name), [])
@@ -84,14 +101,19 @@ class Index:
             return found
         return [match for match in found if match.name == stem.name] or found
 
-    def parts_for(self, component: str, wanted: str = "") -> list[str]:
+    def parts_for(self, component: str, wanted: str = "", claimed: Collection[str] = ()) -> list[str]:
         """The parts of the model in which names of `component` are looked up, the likeliest first: `wanted`, where
-        the model has a part of that name which could be it."""
+        the model has a part of that name which could be it.
+
+        Programs number text encoders differently, so a component without a part of its own may be any part, but for
+        those of other components that the file has names for (`claimed`).
+        """
         first = [wanted] if wanted in self.parts and component in ("", component_of(wanted)) else []
         if not component:
             return list(dict.fromkeys([*first, "", *self.parts]))
         same = [part for part in self.parts if part and component_of(part) == component]
-        return list(dict.fromkeys([*first, *same, *self.parts]))
+        free = [part for part in self.parts if not part or component_of(part) not in claimed]
+        return list(dict.fromkeys([*first, *same, *free]))
 
 
 def _foreign(shapes: Mapping[str, Sequence[int]], lead: str) -> list[Match]:

@@ -19,7 +19,7 @@ from nerine.model.patterns import means
 from nerine.model.pipeline import named_layers
 from nerine.site import Site
 
-__all__ = ["Candidate", "candidates_of", "every_spot", "spot_at"]
+__all__ = ["Candidate", "candidates_of", "check_rows", "every_spot", "spot_at"]
 
 _log = logging.getLogger("nerine")
 
@@ -59,7 +59,7 @@ class Candidate:
         site = parameter_site(self.holder, self.attr, self.path) if alone else site_of(self.holder, self.path)
         if rows is None:
             return Spot(self.path, self.holder, site, self.attr, caller=self.caller)
-        _check_rows(site, rows, self.path, alone)
+        check_rows(site, rows, self.path, alone)
         site = site.rows(rows[1] - rows[0])
         return Spot(f"{self.path}[{rows[0]}:{rows[1]}]", self.holder, site, self.attr, rows, self.caller)
 
@@ -106,11 +106,11 @@ def spot_at(spots: Mapping[str, Spot], path: str) -> Spot:
     start, _, stop = text.partition(":")
     spot = spots[whole]
     rows = (int(start), int(stop))
-    _check_rows(spot.site, rows, path, spot.caller is not None)
+    check_rows(spot.site, rows, path, spot.caller is not None)
     return replace(spot, path=path, site=spot.site.rows(rows[1] - rows[0]), rows=rows)
 
 
-def _check_rows(site: Site, rows: tuple[int, int], path: str, alone: bool) -> None:
+def check_rows(site: Site, rows: tuple[int, int], path: str, alone: bool) -> None:
     """Whether an adapter can act on some rows of a weight.
 
     Raises:

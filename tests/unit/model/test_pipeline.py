@@ -170,15 +170,20 @@ def test_the_last_pattern_that_matches_counts() -> None:
         ("unet.down.to_q", nn.Linear(2, 3)),
         ("text_encoder.fc", nn.Conv1d(2, 3, 1)),
     ]
-    assert strengths_at(0.5, layers) == [0.5] * 3
-    assert strengths_at({"unet": 0.8, "up": 2}, layers) == [2.0, 0.8, None]
-    assert strengths_at({"up": 2, "unet": 0.8}, layers) == [0.8, 0.8, None]
-    assert strengths_at({nn.Linear: 0.1, lambda path, _: path.endswith("fc"): 0.3}, layers) == [0.1, 0.1, 0.3]
-    assert strengths_at({}, layers) == [None] * 3
+    top = nn.Module()
+    assert strengths_at(0.5, layers, top) == [0.5] * 3
+    assert strengths_at({"unet": 0.8, "up": 2}, layers, top) == [2.0, 0.8, None]
+    assert strengths_at({"up": 2, "unet": 0.8}, layers, top) == [0.8, 0.8, None]
+    assert strengths_at({nn.Linear: 0.1, lambda path, _: path.endswith("fc"): 0.3}, layers, top) == [
+        0.1,
+        0.1,
+        0.3,
+    ]
+    assert strengths_at({}, layers, top) == [None] * 3
     with pytest.raises(OptionError, match="expected a pattern, a class or a predicate as key, got 3"):
-        strengths_at({3: 0.5}, layers)  # type: ignore[dict-item]
+        strengths_at({3: 0.5}, layers, top)  # type: ignore[dict-item]
     with pytest.raises(OptionError, match="strength must be a finite number, got '1'"):
-        strengths_at("1", layers)  # type: ignore[arg-type]
+        strengths_at("1", layers, top)  # type: ignore[arg-type]
 
 
 def test_another_strength_for_a_while() -> None:

@@ -19,7 +19,7 @@ from nerine.site import Site
 
 __all__ = ["Slot", "encoders_of", "rows_of", "slots_of"]
 
-DENOISER = "diffusion_model"
+DENOISER, SCALE = "diffusion_model", "scale"
 TEXT = ("clip_l", "clip_h", "clip_g", "t5xxl")  # in the order of pipelines; whatever else there is comes after them
 
 
@@ -79,7 +79,7 @@ def _slots(root: nn.Module, where: str, part: str, own: str) -> Iterator[tuple[s
         site = _layer_site(module)
         if site is not None:
             path = f"{part}.{name}" if name else part
-            yield path, Slot(where, f"{lead}.weight", f"{lead}.bias", lead, site)
+            yield path, Slot(where, f"{lead}.{_attr(module)}", f"{lead}.bias", lead, site)
         elif not layer_kind(module):
             for attr, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() in (2, 3) and parameter.is_floating_point():
@@ -91,15 +91,19 @@ def _slots(root: nn.Module, where: str, part: str, own: str) -> Iterator[tuple[s
                     yield path, Slot(where, f"{lead}.{attr}", f"{lead}.{bias_name(attr)}", f"{lead}.{attr}", alone)
 
 
+def _attr(module: nn.Module) -> str:
+    """What the weight of a layer is called; that of a norm may be called its scale, as in Flux."""
+    return SCALE if "norm" in type(module).__name__.lower() and SCALE in module._parameters else "weight"
+
+
 def _layer_site(module: nn.Module) -> Site | None:
     """Kind and shape of a layer's weight; None where it is no layer, or has no weight."""
-    weight = getattr(module, "weight", None)
-    shape = getattr(weight, "shape", None)
+    shape = getattr(getattr(module, _attr(module), None), "shape", None)
     if shape is None:
         return None
     shape = tuple(int(size) for size in shape)
     has_bias = getattr(module, "bias", None) is not None
-    kind = layer_kind(module)
+    kind = "norm" if _attr(module) == SCALE else layer_kind(module)
     if kind in ("linear", "") and hasattr(module, "in_features") and hasattr(module, "out_features"):
         sizes: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]
         return Site("linear", sizes, has_bias=has_bias)  # whatever is stored

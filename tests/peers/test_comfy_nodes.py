@@ -85,7 +85,7 @@ def test_families(comfy: Any, name: str, dialect: str, folder: Path) -> None:
     assert "0 keys not used" in report
     assert patcher.patches == {}
     got = state(clone.patch_model(), "diffusion_model.")
-    assert check(got, merged(inner(comfy, name), file, strength=0.8), before) > 20
+    assert check(got, merged(inner(comfy, name), file, strength=0.8), before) > 15
     clone.unpatch_model()
     assert all(torch.equal(t, before[key]) for key, t in state(patcher.model, "diffusion_model.").items())
 
@@ -237,7 +237,7 @@ def test_beside_comfyuis_own_loader_and_a_merged_model(comfy: Any, folder: Path)
     after.add_patches(theirs, 0.5)
     got = state(after.patch_model(), "diffusion_model.")[key]
     after.unpatch_model()
-    assert torch.allclose(got, merged(inner(comfy, "Wan"), turn)[key] + 0.5 * (lora - base), atol=1e-5)
+    torch.testing.assert_close(got, merged(inner(comfy, "Wan"), turn)[key] + 0.5 * (lora - base), rtol=0, atol=1e-5)
 
     merge = patcher.clone()
     other = torch.randn(base.shape)

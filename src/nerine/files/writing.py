@@ -215,10 +215,15 @@ def _is_unet(shapes: Mapping[str, Any]) -> bool:
     return any(path.startswith(("down_blocks.", "input_blocks.")) for path in shapes)
 
 
-def _likely(shapes: Mapping[str, Any]) -> str:
-    """The part of a pipeline that a model is, by its layers: a text encoder has attention layers of that library."""
+def _likely(shapes: Shapes) -> str:
+    """The part of a pipeline that a model is, by its layers: a text encoder has attention layers of that library, and
+    none that look at something else."""
+    known = family_of(shapes)
+    if known is not None:
+        return "text_encoder" if TEXT in known[0].namings else DENOISER
     words = ("self_attn.", "SelfAttention.", "text_model.")
-    return "text_encoder" if any(word in path for path in shapes for word in words) else DENOISER
+    is_text = any(word in path for path in shapes for word in words)
+    return "text_encoder" if is_text and not any("cross_attn" in path for path in shapes) else DENOISER
 
 
 def _renamed(layers: Mapping[str, Layer], dialect: Dialect, shapes: Shapes) -> Iterable[tuple[str, Layer]]:

@@ -70,15 +70,15 @@ def merge_layer(holder: nn.Module, mount: Mount, names: set[str]) -> tuple[float
         raise MergeError(f"{mount.path}: the merged weight is not finite in {form}; is the adapter damaged?")
     step, error = exact - weight, rounded - exact
     mount.merged = {name: a.strength for name, a in adapters_of(holder, mount) if name in names}
-    mount.print = _print_of(holder, mount)
+    mount.fingerprint = _fingerprint_of(holder, mount)
     return float(error.abs().max()), float(error.norm() / step.norm().clamp_min(1e-30))
 
 
-def _print_of(holder: nn.Module, mount: Mount) -> tuple[torch.dtype, int] | None:
+def _fingerprint_of(holder: nn.Module, mount: Mount) -> tuple[torch.dtype, int] | None:
     """The number format of a weight and the sum of its bits as integers, which is the same on every device; None
     where it is no tensor of plain numbers in memory."""
     own = holder._parameters[mount.attr]
-    if type(own) not in (nn.Parameter, Tensor) or own is None or own.is_meta or storage_of(holder, own) is not None:
+    if type(own) is not nn.Parameter or own.is_meta or storage_of(holder, own) is not None or hasattr(own, "ds_id"):
         return None
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[own.dtype.itemsize]
     return own.dtype, int(weight_at(holder, mount).detach().contiguous().view(bits).sum(dtype=torch.int64))
@@ -90,8 +90,8 @@ def check_unchanged(holder: nn.Module, mount: Mount) -> None:
     Raises:
         MergeError: another program has changed the weight since, which they would undo without a word.
     """
-    before = mount.print
-    now = None if before is None or mount.original is None else _print_of(holder, mount)
+    before = mount.fingerprint
+    now = None if before is None or mount.original is None else _fingerprint_of(holder, mount)
     if before is not None and now is not None and before[0] == now[0] and before != now:
         raise MergeError(
             f"{mount.path}: its weight was changed after the merge, by training or by another merge, and the bits from "

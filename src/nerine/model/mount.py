@@ -78,7 +78,7 @@ class Mount:
     off: set[str] = field(default_factory=set)
     merged: dict[str, float] = field(default_factory=dict)  # names and strengths now in the weight
     original: tuple[Tensor, Tensor | None] | None = None  # bits of weight and bias before merging, for `unmerge`
-    print: tuple[torch.dtype, int] | None = None  # of the merged weight, to notice if another program changes it
+    fingerprint: tuple[torch.dtype, int] | None = None  # of the merged weight, to notice if others change it
     in_group: bool = False  # diffusers takes the weight away after each call, to memory
     shared_with: str = ""  # another module that has the same weight
     has_run: bool = False

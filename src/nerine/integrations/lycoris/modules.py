@@ -240,32 +240,33 @@ class NormModule(LycorisBaseModule):
         self._make(lora_name, org_module, multiplier, options)
 
 
-class DiagOFTModule(LycorisBaseModule):
+class _Rotation(LycorisBaseModule):
+    """A turn of the outputs; the number of axes of its blocks tells which."""
+
+    weight_list = ("oft_blocks", "rescale", "alpha")
+    weight_list_det = ("oft_blocks",)
+    axes: ClassVar[int]
+
+    @classmethod
+    def algo_check(cls, state_dict: Mapping[str, Tensor], lora_name: str) -> bool:
+        blocks = state_dict.get(f"{lora_name}.oft_blocks")
+        return blocks is not None and blocks.dim() == cls.axes
+
+
+class DiagOFTModule(_Rotation):
     """Diag-OFT: the outputs are turned in blocks."""
 
     name = "oft"
     algo = "diag-oft"
-    weight_list = ("oft_blocks", "rescale", "alpha")
-    weight_list_det = ("oft_blocks",)
-
-    @classmethod
-    def algo_check(cls, state_dict: Mapping[str, Tensor], lora_name: str) -> bool:
-        blocks = state_dict.get(f"{lora_name}.oft_blocks")
-        return blocks is not None and blocks.dim() == 3
+    axes = 3
 
 
-class ButterflyOFTModule(LycorisBaseModule):
+class ButterflyOFTModule(_Rotation):
     """BOFT: the outputs are turned in stages of blocks."""
 
     name = "boft"
     algo = "boft"
-    weight_list = ("oft_blocks", "rescale", "alpha")
-    weight_list_det = ("oft_blocks",)
-
-    @classmethod
-    def algo_check(cls, state_dict: Mapping[str, Tensor], lora_name: str) -> bool:
-        blocks = state_dict.get(f"{lora_name}.oft_blocks")
-        return blocks is not None and blocks.dim() == 4
+    axes = 4
 
 
 class GLoRAModule(LycorisBaseModule):

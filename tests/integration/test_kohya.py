@@ -106,6 +106,41 @@ def test_the_file_has_sd_scripts_names_and_hashes(tmp_path: Path) -> None:
     assert "sshs_legacy_hash" in about
 
 
+@pytest.mark.parametrize(
+    ("encoders", "prefixes"),
+    [
+        (["clip"], {"lora_te"}),
+        (["clip", "clip"], {"lora_te1", "lora_te2"}),
+        (["clip", None], {"lora_te1"}),
+        (["clip", "t5"], {"lora_te1", "lora_te3"}),
+        (["clip", "clip", "t5"], {"lora_te1", "lora_te2", "lora_te3"}),
+    ],
+)
+def test_text_encoders_bear_their_numbers_in_files(tmp_path: Path, encoders: list[Any], prefixes: set[str]) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    t5 = T5Config(d_model=12, d_kv=4, d_ff=20, num_layers=2, num_heads=3, vocab_size=50)
+    makers: dict[Any, Any] = {"clip": stand_in.text_encoder, "t5": lambda: T5EncoderModel(t5), None: lambda: None}
+
+    def models() -> list[Any]:
+        return [makers[name]() for name in encoders]
+
+    file, own = tmp_path / "x.safetensors", models()
+    network = kohya.create_network(1.0, 4, 2.0, None, own, stand_in.unet(), train_t5xxl="True")
+    network.apply_to(own, None)
+    assert {lora.lora_name.split("_")[1] for lora in network.text_encoder_loras} == {p[5:] for p in prefixes}
+    network.save_weights(file, None, {})
+    with safe_open(file, "pt") as opened:
+        stems = {key.split(".")[0] for key in opened.keys()}  # noqa: SIM118
+    assert {"_".join(stem.split("_")[:2]) for stem in stems} == {*prefixes, "lora_unet"}
+    fresh = models()
+    again, _tensors = kohya.create_network_from_weights(
+        1.0, str(file), None, fresh, stand_in.unet(), for_inference=True
+    )
+    assert again.report.unmatched == {}
+    assert len(again.loras) == len(network.loras)
+
+
 def test_freezing_and_casting_the_models_leaves_the_adapters_alone(tmp_path: Path) -> None:
     encoder, denoiser = stand_in.text_encoder(), stand_in.unet()
     network = kohya.create_network(1.0, 4, 2.0, None, encoder, denoiser, algo="lokr", dora_wd="True", factor="4")

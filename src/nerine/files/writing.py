@@ -154,7 +154,9 @@ def _named(
             yield _name(dialect, next(iter(dialect.prefixes)), path, layer)
         return
     whole = {path: site for path, site in sites.items() if "[" not in path}
-    for part, paths in split_parts(whole).items():
+    parts = split_parts(whole)
+    several = "text_encoder_1" in parts or sum(component_of(part).startswith("text_encoder") for part in parts) > 1
+    for part, paths in parts.items():
         cut = len(part) + 1 if part else 0
         shapes = {path[cut:]: tuple(whole[path].shape) for path in paths}
         here = set(paths)
@@ -163,6 +165,8 @@ def _named(
             continue
         told = component_of(component) if component else component_of(part)
         prefix = dialect.prefix_of(told or _likely(shapes), part, _is_unet(shapes))
+        if several and dialect.first_of_several and component_of(part) == "text_encoder":
+            prefix = dialect.first_of_several
         for path, layer in _renamed(own, dialect, shapes):
             yield _name(dialect, prefix, path, layer)._replace(path=f"{part}.{path}" if part else path)
 

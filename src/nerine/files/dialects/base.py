@@ -36,6 +36,7 @@ class Dialect(ABC):
     name: ClassVar[str]
     about: ClassVar[str]  # who writes it, in a few words
     prefixes: ClassVar[Mapping[str, str]]  # what stands before a layer's name: the component that it says
+    first_of_several: ClassVar[str] = ""  # stands before the first text encoder of a pipeline that has more
     flat: ClassVar[bool]  # names have underscores for dots
     naming: ClassVar[str] = "own"  # whose names of layers it writes: the model's own, "native" or "diffusers"
     folder: ClassVar[bool] = False  # it is a folder with a config beside the tensors

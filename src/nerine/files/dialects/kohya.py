@@ -38,6 +38,7 @@ class Kohya(Dialect):
         "lora_prior_unet_": DENOISER,
         "lora_prior_te_": "text_encoder",
     }
+    first_of_several = "lora_te1_"
     flat = True
     naming = "native"
 

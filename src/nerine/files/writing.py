@@ -167,6 +167,7 @@ def _named(
         prefix = dialect.prefix_of(told or _likely(shapes), part, _is_unet(shapes))
         if several and dialect.first_of_several and component_of(part) == "text_encoder":
             prefix = dialect.first_of_several
+        prefix = dialect.encoder_prefix(shapes) or prefix
         for path, layer in _renamed(own, dialect, shapes):
             yield _name(dialect, prefix, path, layer)._replace(path=f"{part}.{path}" if part else path)
 

@@ -127,6 +127,11 @@ class Dialect(ABC):
         wanted = [prefix for prefix, known in self.prefixes.items() if known == component]
         return wanted[0] if wanted else next(iter(self.prefixes))
 
+    def encoder_prefix(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """What stands before the layers of a text encoder of this kind, where the program goes by kinds and not by
+        numbers; empty where the number decides."""
+        return ""
+
     def stem_text(self, path: str) -> str:
         """What a layer of that path would be called in a file, roughly, for errors."""
         prefix = next(iter(self.prefixes))

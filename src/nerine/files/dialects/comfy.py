@@ -19,6 +19,8 @@ from nerine.algorithms import BOFT, IA3, DiagOFT, DoRA, Full, GLoRA, LoHa, LoKr,
 from nerine.errors import FormatError
 from nerine.files.checkpoint import Base, Layer, Record
 from nerine.files.dialects.base import DENOISER, Dialect, Emitted, Splits, canonical
+from nerine.files.names import family_of
+from nerine.files.names.families.same import T5
 from nerine.files.pieces import MAGNITUDE, Known, Stem
 from nerine.files.rows import plain
 from nerine.files.store import Source
@@ -38,10 +40,18 @@ class Comfy(Dialect):
         "text_encoders.clip_l.transformer.": "text_encoder",
         "text_encoders.clip_g.transformer.": "text_encoder_2",
         "text_encoders.t5xxl.transformer.": "text_encoder_3",
+        "text_encoders.umt5xxl.transformer.": "text_encoder",
         "text_encoders.": "text_encoder",
     }
     flat = False
     naming = "native"
+
+    def encoder_prefix(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        known = family_of(shapes)
+        if known is None or known[0] is not T5:
+            return ""
+        biases = sum(path.endswith("SelfAttention.relative_attention_bias") for path in shapes)
+        return f"text_encoders.{'umt5xxl' if biases > 1 else 't5xxl'}.transformer."  # UMT5 has one in every block
 
     def refuses(self, record: Record) -> str:
         return unread(record)

@@ -6,6 +6,7 @@ that the tests run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from nerine.files.dialects.base import Dialect
 from nerine.files.dialects.comfy import unread as unread_by_comfyui
 from nerine.files.dialects.low_rank import low_rank_refusal
 from nerine.files.dialects.peft_config import common
+from nerine.files.names import flatten
 
 __all__ = ["READERS", "Reader", "Verdict"]
 
@@ -85,6 +87,30 @@ def _comfyui(record: Record, dialect: str) -> Verdict:
     if "p" in names:
         return _no("has no T-LoRA")
     return _no("stumbles over a LoKr with a Tucker core") if "t2" in names and isinstance(inner, LoKr) else EXACT
+
+
+_ENCODER = re.compile(r"(lora_te\d?_|lycoris_text_encoder(?:_\d)?_|text_encoders\.\w+?\.transformer\.)(.+)")
+_CLIP = re.compile(r"text_model_encoder_layers_\d+_(mlp_fc[12]|self_attn_(q|k|v|out)_proj)|text_projection")
+_T5 = re.compile(r"(encoder_)?block_\d+_.*|shared|encoder_final_layer_norm")
+
+
+def _text_encoders(records: Mapping[str, Record], dialect: str) -> dict[str, Verdict]:
+    """ComfyUI goes by names that tell the kind of a text encoder, and knows few of them under other names."""
+    found = {}
+    for stem in records:
+        match = _ENCODER.fullmatch(stem)
+        if match is None:
+            continue
+        lead, name = match[1], flatten(match[2])
+        if not name.startswith("text_") and not _T5.fullmatch(name):
+            found[stem] = _no("does not find this text encoder, which it calls by the model's own name")
+        elif dialect == "lycoris":
+            found[stem] = _no("knows no text encoders under names of the lycoris dialect")
+        elif dialect == "kohya" and not name.startswith("text_") and lead not in ("lora_te2_", "lora_te3_"):
+            found[stem] = _no("knows T5 as second or third text encoder only under names of the kohya dialect")
+        elif dialect == "kohya" and name.startswith("text_") and not _CLIP.fullmatch(name):
+            found[stem] = _no("knows attention and MLP of CLIP only under names of the kohya dialect")
+    return found
 
 
 def _forge(record: Record, dialect: str) -> Verdict:
@@ -163,6 +189,7 @@ READERS = (
         "ComfyUI",
         frozenset({"lycoris", "kohya", "diffusers", "comfy", "onetrainer", "ai-toolkit", "invokeai", "bare"}),
         _comfyui,
+        _text_encoders,
     ),
     Reader("A1111", frozenset({"kohya", "invokeai"}), _a1111),
     Reader("Forge", frozenset({"kohya", "invokeai", "diffusers"}), _forge),

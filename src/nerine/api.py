@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from nerine.files.meta import write_meta
 from nerine.files.readers import readers_of
 from nerine.files.reading import read_checkpoint
 from nerine.files.reports import LoadReport, SaveReport
-from nerine.files.rows import take
+from nerine.files.rows import rows_in, take
 from nerine.files.store import Outgoing, Source
 from nerine.files.writing import lay_out
 from nerine.model.adapter import Adapter, Noise
@@ -225,7 +224,7 @@ def read_fittings(
 ) -> tuple[LoadReport, list[Fitting]]:
     """The adapters of an open file for the layers of `model`, for programs that put them on themselves."""
     fittings, notes = [], []
-    spots = every_spot(model, _rows_in(source.keys))
+    spots = every_spot(model, rows_in(source.keys))
     checkpoint = _read(source, {path: spot.site for path, spot in spots.items()}, choice)
     _complain(checkpoint.report, choice.strict)
     spots = {path: spot_at(spots, path) for path in checkpoint.layers}
@@ -237,12 +236,6 @@ def read_fittings(
             notes += [f"{path}: {note}"] if note else []
             fittings.append(Fitting(spots[path], record.algorithm, record.params, strength=1.0 if own is None else own))
     return replace(checkpoint.report, notes=(*checkpoint.report.notes, *notes)), fittings
-
-
-def _rows_in(keys: Iterable[str]) -> list[tuple[int, int]]:
-    """The row ranges of adapters on some rows of a weight, whose names in a file end in [start:stop]."""
-    found = {match.groups() for key in keys for match in re.finditer(r"\[(\d{1,9}):(\d{1,9})\]", key)}
-    return sorted((int(start), int(stop)) for start, stop in found if int(start) < int(stop))
 
 
 def _completed(layer: Layer, spot: Spot, kept: torch.dtype | None = None) -> tuple[Record, str]:

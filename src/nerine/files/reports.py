@@ -45,9 +45,10 @@ class LoadReport:
     def only(self, layers: Collection[str], why: str) -> LoadReport:
         """This report where just `layers` were read: the keys of the others were not used, and `why`."""
         others = {
-            key: why for key, path in self.used.items() if path.split("[")[0] not in layers and path not in layers
+            key: why
+            for key, path in self.used.items()
+            if not (path in layers or path.split("[")[0] in layers or path.startswith("embedding "))
         }
-        others = {key: why for key in others if not self.used[key].startswith("embedding ")}
         return replace(
             self,
             rows=tuple(row for row in self.rows if row.layer in layers),

@@ -6,7 +6,8 @@ adapters together is the block-sparse product of higher rank that computes the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from nerine.errors import FormatError
 from nerine.files.checkpoint import Record
 from nerine.site import Site
 
-__all__ = ["Span", "fuse", "plain", "take"]
+__all__ = ["Span", "fuse", "plain", "rows_in", "take"]
 
 Span = tuple[int, int]
 
@@ -159,3 +160,9 @@ def _stacked(parts: Sequence[tuple[Record | None, Span]], site: Site) -> Record:
             ]
         )
     return Record(held.algorithm, site, Params(tensors))
+
+
+def rows_in(keys: Iterable[str]) -> list[tuple[int, int]]:
+    """The row ranges of adapters on some rows of a weight, whose names in a file end in [start:stop]."""
+    found = {match.groups() for key in keys for match in re.finditer(r"\[(\d{1,9}):(\d{1,9})\]", key)}
+    return sorted((int(start), int(stop)) for start, stop in found if int(start) < int(stop))

@@ -12,14 +12,12 @@ from torch import Tensor
 from nerine.errors import FormatError
 from nerine.files.checkpoint import Base, Layer, Record, joined
 from nerine.files.dialects import DIALECTS
-from nerine.files.dialects.base import DENOISER, EXACT, Dialect, Emitted
+from nerine.files.dialects.base import DENOISER, EXACT, Dialect, Emitted, Shapes
 from nerine.files.names import aliases, family_of, flatten
 from nerine.files.resolve import component_of, split_parts
 from nerine.files.rows import Span, fuse, take
 from nerine.files.store import Outgoing
 from nerine.site import Site
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 TEXT = "transformers"  # the naming of text encoders that files have, whichever version of transformers runs
 
@@ -164,10 +162,7 @@ def _named(
         if not own:
             continue
         told = component_of(component) if component else component_of(part)
-        prefix = dialect.prefix_of(told or _likely(shapes), part, _is_unet(shapes))
-        if several and dialect.first_of_several and component_of(part) == "text_encoder":
-            prefix = dialect.first_of_several
-        prefix = dialect.encoder_prefix(shapes) or prefix
+        prefix = dialect.prefix_of(told or _likely(shapes), part, shapes, several)
         for path, layer in _renamed(own, dialect, shapes):
             yield _name(dialect, prefix, path, layer)._replace(path=f"{part}.{path}" if part else path)
 
@@ -214,10 +209,6 @@ def _filled_up(parts: Sequence[tuple[Span, Layer]], site: Site, where: str) -> L
 
 def _name(dialect: Dialect, prefix: str, path: str, layer: Layer) -> _Name:
     return _Name(prefix + (flatten(path) if dialect.flat else path), path, layer)
-
-
-def _is_unet(shapes: Mapping[str, Any]) -> bool:
-    return any(path.startswith(("down_blocks.", "input_blocks.")) for path in shapes)
 
 
 def _likely(shapes: Shapes) -> str:

@@ -27,6 +27,7 @@ from nerine.files.reports import LoadReport
 from nerine.files.writing import split_rows
 from nerine.integrations.comfy_blocks import Block, read_blocks, refuse_idle, strength_of
 from nerine.integrations.comfy_layers import Slot, rows_of, slots_of
+from nerine.model.adapter import weight_deviation
 from nerine.ops.precision import full_precision, is_finite, wide
 from nerine.site import Site
 
@@ -53,12 +54,7 @@ class Part:
         values = [t.to(weight.device, torch.promote_types(weight.dtype, t.dtype)) for t in tensors]
         p = Params(dict(zip(self.names, values, strict=True)), self.scale)
         p = p if self.ready else self.algorithm.from_file(p)
-        if not self.site.experts:
-            return self.algorithm.weight_deviation(p, weight)
-        each = zip(*(t.unbind(0) for t in p.tensors.values()), strict=True)
-        return torch.stack(
-            [self.algorithm.weight_deviation(p.filled(t), w) for t, w in zip(each, weight.unbind(0), strict=True)]
-        )
+        return weight_deviation(self.algorithm, self.site, p, weight)
 
 
 class Patch:

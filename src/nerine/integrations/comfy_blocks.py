@@ -6,10 +6,9 @@ none matches has strength one.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,14 +24,14 @@ _EXAMPLE = "double_blocks.0-9=0.5, single_blocks=0.8"
 
 @dataclass(frozen=True)
 class Block:
-    """One entry: as it was written, the patterns that it stands for, and the strength."""
+    """One entry: as it was written, the pattern that it stands for, and the strength."""
 
     text: str
-    patterns: tuple[str, ...]
+    pattern: str
     strength: float
 
     def matches(self, path: str) -> bool:
-        return any(matches(pattern, path, _NONE) for pattern in self.patterns)
+        return matches(self.pattern, path, _NONE)
 
 
 _NONE = nn.Module()  # patterns ask for no module
@@ -65,19 +64,18 @@ def _block(entry: str) -> Block:
             f"strength per block: expected name=number as in {_EXAMPLE!r}, found {shown(entry)!r}; separate entries by "
             "commas or line breaks"
         )
-    return Block(entry, tuple(_ranges(pattern)), strength)
+    return Block(entry, _with_ranges(pattern), strength)
 
 
-def _ranges(pattern: str) -> Iterable[str]:
-    """The patterns that one with ranges stands for: blocks.0-2 is blocks.0, blocks.1, blocks.2."""
+def _with_ranges(pattern: str) -> str:
+    """The pattern of `Rule` that one with bare ranges stands for: blocks.0-2 is blocks.[0-2]."""
     if pattern.startswith("re:"):
-        return [pattern]
+        return pattern
     words = []
     for word in pattern.split("."):
         edges = _RANGE.fullmatch(word)
-        first, last = (int(edges[1]), int(edges[2])) if edges else (1, 0)
-        words.append([str(number) for number in range(first, last + 1)] or [word])
-    return [".".join(choice) for choice in itertools.product(*words)]
+        words.append(f"[{word}]" if edges and int(edges[1]) <= int(edges[2]) else word)
+    return ".".join(words)
 
 
 def strength_of(blocks: Sequence[Block], path: str) -> float:
@@ -94,7 +92,7 @@ def refuse_idle(blocks: Sequence[Block], paths: Sequence[str]) -> None:
     for block in blocks:
         if not any(block.matches(path) for path in paths):
             names = {word for path in paths for word in path.split(".") if not word.isdigit()}
-            name = next((word for word in block.patterns[0].split(".") if word not in names), block.patterns[0])
+            name = next((word for word in block.pattern.split(".") if word not in names), block.pattern)
             tops = {".".join(path.split(".")[:2]) for path in paths} if len(names) > 60 else set()
             raise TargetError(
                 f"strength per block: {shown(block.text)!r} matches no layer of this model. "

@@ -6,13 +6,13 @@ runs; shapes are all that is looked at here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from nerine.errors import OptionError, UnsupportedBase
+from nerine.files.rows import rows_in
 from nerine.model.candidates import check_rows
 from nerine.model.layer import bias_name, layer_kind
 from nerine.site import Site
@@ -124,9 +124,8 @@ def _layer_site(module: nn.Module) -> Site | None:
 
 def rows_of(slots: Mapping[str, Slot], keys: Iterable[str]) -> dict[str, Site]:
     """The sites of adapters on some rows of a weight, whose names in a file end in [start:stop]."""
-    found = {match.groups() for key in keys for match in re.finditer(r"\[(\d{1,9}):(\d{1,9})\]", key)}
     sites = {}
-    for start, stop in sorted((int(a), int(b)) for a, b in found if int(a) < int(b)):
+    for start, stop in rows_in(keys):
         for path, slot in slots.items():
             try:
                 check_rows(slot.site, (start, stop), path, False)

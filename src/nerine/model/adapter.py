@@ -24,7 +24,7 @@ from nerine.model.sharded import copy_into, is_split, shape_of, whole
 from nerine.ops.precision import wide
 from nerine.site import Site
 
-__all__ = ["Adapter", "Context", "Drawn", "Noise", "check_strength", "start"]
+__all__ = ["Adapter", "Context", "Drawn", "Noise", "check_strength", "start", "weight_deviation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,13 @@ def start(algorithm: Algorithm, site: Site, weight: Tensor, rng: torch.Generator
         return algorithm.start(site, weight, rng)
     each = [algorithm.start(site, w, rng) for w in weight]
     return Params({name: torch.stack([p.tensors[name] for p in each]) for name in each[0].tensors}, each[0].scale)
+
+
+def weight_deviation(algorithm: Algorithm, site: Site, p: Params, weight: Tensor) -> Tensor:
+    """W' - W for a weight in at least fp32; expert by expert where the parameter holds several."""
+    if not site.experts:
+        return algorithm.weight_deviation(p, weight)
+    return torch.stack([algorithm.weight_deviation(one, w) for one, w in _by_expert(p, weight)])
 
 
 def _by_expert(p: Params, weight: Tensor) -> Iterator[tuple[Params, Tensor]]:
@@ -414,9 +421,7 @@ class Adapter(nn.Module):
     # -- on weights ----------------------------------------------------------------------------------------------
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
         """W' - W for tensors `p` and a weight in at least fp32; expert by expert where the parameter holds several."""
-        if not self.site.experts:
-            return self.algorithm.weight_deviation(p, weight)
-        return torch.stack([self.algorithm.weight_deviation(one, w) for one, w in _by_expert(p, weight)])
+        return weight_deviation(self.algorithm, self.site, p, weight)
 
     def size(self, weight: Tensor) -> Tensor:
         """|W' - W| over all entries, 0-d."""

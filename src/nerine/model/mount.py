@@ -36,6 +36,7 @@ __all__ = [
     "keep_from_groups",
     "keep_original",
     "mounts_of",
+    "names_in",
     "original_at",
     "owned",
     "path_in",
@@ -119,6 +120,12 @@ def adapters_of(holder: nn.Module, mount: Mount) -> Iterator[tuple[str, Adapter]
         if adapter.belongs and adapter.training != holder.training:
             adapter.train(holder.training)
         yield name, adapter
+
+
+def names_in(model: nn.Module) -> list[str]:
+    """The names of all adapters in a model, each once, in the order in which they are met."""
+    mounts = ((holder, mount) for holder in model.modules() for mount in mounts_of(holder))
+    return list(dict.fromkeys(name for holder, mount in mounts for name, _ in adapters_of(holder, mount)))
 
 
 _LOOKS = 3  # for engines, when adapters have moved: a first time, and again where some come later

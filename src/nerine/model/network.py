@@ -20,7 +20,7 @@ from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
 from nerine.model.measure import Located, norms_of, shrink_to
 from nerine.model.merge import check_unchanged, forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, path_in, settle
+from nerine.model.mount import Mount, adapters_of, mounts_of, names_in, path_in, settle
 from nerine.model.offload import Groups
 from nerine.model.patterns import Match
 from nerine.model.pipeline import HasComponents, as_model, named_layers
@@ -53,12 +53,10 @@ class Network:
             TargetError: there is none.
         """
         model = as_model(model, "Network.of")
-        names = dict.fromkeys(
-            name for holder in model.modules() for mount in mounts_of(holder) for name, _ in adapters_of(holder, mount)
-        )
+        names = names_in(model)
         if not names:
             raise TargetError(f"{type(model).__name__} has no adapters; attach or load one first")
-        return cls(model, list(names))
+        return cls(model, names)
 
     def __getitem__(self, name: str) -> Network:
         """The handle on one of the names."""

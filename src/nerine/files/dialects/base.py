@@ -22,9 +22,21 @@ from nerine.files.store import Source
 from nerine.ops.precision import wide
 from nerine.site import Site
 
-__all__ = ["DENOISER", "EMBEDDINGS", "EXACT", "Dialect", "Emitted", "Splits", "canonical", "rank_of"]
+__all__ = [
+    "DENOISER",
+    "EMBEDDINGS",
+    "EXACT",
+    "Dialect",
+    "Emitted",
+    "Shapes",
+    "Splits",
+    "canonical",
+    "is_unet",
+    "rank_of",
+]
 
 Emitted = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]  # of the weights of a model, by path
 Splits = Mapping[str, tuple[str, str] | None]  # key: what stands before its suffix, and the suffix
 DENOISER = "denoiser"  # the UNet or transformer of a pipeline, whatever a program calls it
 EMBEDDINGS = "bundle_emb."
@@ -36,7 +48,6 @@ class Dialect(ABC):
     name: ClassVar[str]
     about: ClassVar[str]  # who writes it, in a few words
     prefixes: ClassVar[Mapping[str, str]]  # what stands before a layer's name: the component that it says
-    first_of_several: ClassVar[str] = ""  # stands before the first text encoder of a pipeline that has more
     flat: ClassVar[bool]  # names have underscores for dots
     naming: ClassVar[str] = "own"  # whose names of layers it writes: the model's own, "native" or "diffusers"
     folder: ClassVar[bool] = False  # it is a folder with a config beside the tensors
@@ -122,15 +133,11 @@ class Dialect(ABC):
         """The key of a tensor."""
         return f"{stem}.{suffix}"
 
-    def prefix_of(self, component: str, part: str, is_unet: bool) -> str:
-        """What stands before the name of a layer of `component`, which hosts call `part` where they say so."""
+    def prefix_of(self, component: str, part: str, shapes: Shapes, several: bool) -> str:
+        """What stands before the name of a layer of `component`, which hosts call `part` where they say so. `shapes`
+        are those of all its layers, by path; `several` says that its pipeline has more text encoders than one."""
         wanted = [prefix for prefix, known in self.prefixes.items() if known == component]
         return wanted[0] if wanted else next(iter(self.prefixes))
-
-    def encoder_prefix(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """What stands before the layers of a text encoder of this kind, where the program goes by kinds and not by
-        numbers; empty where the number decides."""
-        return ""
 
     def stem_text(self, path: str) -> str:
         """What a layer of that path would be called in a file, roughly, for errors."""
@@ -161,6 +168,11 @@ class Dialect(ABC):
             FormatError: the weight of the layer is needed, and not at hand.
         """
         return canonical(record)
+
+
+def is_unet(shapes: Shapes) -> bool:
+    """Whether a denoiser is a UNet, by its layers."""
+    return any(path.startswith(("down_blocks.", "input_blocks.")) for path in shapes)
 
 
 def _unscaled(pieces: dict[str, Piece]) -> dict[str, Piece]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from nerine.algorithms import BOFT, IA3, DiagOFT, DoRA, Full, GLoRA, LoHa, LoKr, LowRank, Norm, OFTv2
 from nerine.errors import FormatError
 from nerine.files.checkpoint import Base, Layer, Record
-from nerine.files.dialects.base import DENOISER, Dialect, Emitted, Splits, canonical
+from nerine.files.dialects.base import DENOISER, Dialect, Emitted, Shapes, Splits, canonical
 from nerine.files.names import family_of
 from nerine.files.names.families.same import T5
 from nerine.files.pieces import MAGNITUDE, Known, Stem
@@ -46,10 +46,10 @@ class Comfy(Dialect):
     flat = False
     naming = "native"
 
-    def encoder_prefix(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    def prefix_of(self, component: str, part: str, shapes: Shapes, several: bool) -> str:
         known = family_of(shapes)
-        if known is None or known[0] is not T5:
-            return ""
+        if known is None or known[0] is not T5:  # of which there are kinds, and no numbers
+            return super().prefix_of(component, part, shapes, several)
         biases = sum(path.endswith("SelfAttention.relative_attention_bias") for path in shapes)
         return f"text_encoders.{'umt5xxl' if biases > 1 else 't5xxl'}.transformer."  # UMT5 has one in every block
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from nerine.files.checkpoint import Base, Record
-from nerine.files.dialects.base import DENOISER, Dialect, Emitted
+from nerine.files.dialects.base import DENOISER, Dialect, Emitted, Shapes, is_unet
 from nerine.files.dialects.low_rank import low_rank_config, low_rank_emitted, low_rank_refusal, scaled_by
 from nerine.files.dialects.peft_config import PeftConfig
 from nerine.files.pieces import Piece, Stem
@@ -56,12 +56,12 @@ class Diffusers(Dialect):
         config = PeftConfig.of_component(text, top, str(source.path))
         return scaled_by(config, stem, pieces)
 
-    def prefix_of(self, component: str, part: str, is_unet: bool) -> str:
+    def prefix_of(self, component: str, part: str, shapes: Shapes, several: bool) -> str:
         if f"{part}." in self.prefixes:
             return f"{part}."
         if component == DENOISER:
-            return "unet." if is_unet else "transformer."
-        return super().prefix_of(component, part, is_unet)
+            return "unet." if is_unet(shapes) else "transformer."
+        return super().prefix_of(component, part, shapes, several)
 
     def refuses(self, record: Record) -> str:
         return low_rank_refusal(record, "diffusers")

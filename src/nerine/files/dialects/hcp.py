@@ -14,7 +14,7 @@ import torch
 
 from nerine.algorithms import LowRank
 from nerine.files.checkpoint import Base, Record
-from nerine.files.dialects.base import Dialect, Emitted, canonical
+from nerine.files.dialects.base import Dialect, Emitted, Shapes, canonical
 from nerine.files.pieces import ALPHA, Piece, Stem
 from nerine.files.rows import plain
 from nerine.files.store import Source
@@ -50,7 +50,7 @@ class Hcp(Dialect):
             pieces = {**pieces, "scale": pieces[ALPHA]}
         return pieces
 
-    def prefix_of(self, component: str, part: str, is_unet: bool) -> str:
+    def prefix_of(self, component: str, part: str, shapes: Shapes, several: bool) -> str:
         return {"text_encoder_2": "clip_bigG."}.get(component, "")
 
     def key(self, stem: str, suffix: str) -> str:

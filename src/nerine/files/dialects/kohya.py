@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from nerine.algorithms import Algorithm, DoRA
 from nerine.files.checkpoint import Record
-from nerine.files.dialects.base import DENOISER, Dialect, rank_of
+from nerine.files.dialects.base import DENOISER, Dialect, Shapes, rank_of
 from nerine.files.pieces import ALPHA, Piece, Stem, is_zero
 from nerine.files.store import Source
 from nerine.files.training_metadata import kohya_metadata
@@ -38,9 +38,13 @@ class Kohya(Dialect):
         "lora_prior_unet_": DENOISER,
         "lora_prior_te_": "text_encoder",
     }
-    first_of_several = "lora_te1_"
     flat = True
     naming = "native"
+
+    def prefix_of(self, component: str, part: str, shapes: Shapes, several: bool) -> str:
+        if several and component == "text_encoder":
+            return "lora_te1_"
+        return super().prefix_of(component, part, shapes, several)
 
     def naming_for(self, family: str) -> str:
         return "diffusers" if family == "unet" else "native"

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from nerine.algorithms import DoRA, LoHa, LoKr, LoRA, OFTv2
 from nerine.files.checkpoint import Record
-from nerine.files.dialects.base import DENOISER, EMBEDDINGS, Dialect
+from nerine.files.dialects.base import DENOISER, EMBEDDINGS, Dialect, Shapes, is_unet
 from nerine.files.store import Source
 
 __all__ = ["OneTrainer"]
@@ -42,10 +42,10 @@ class OneTrainer(Dialect):
             for key in source.keys
         )
 
-    def prefix_of(self, component: str, part: str, is_unet: bool) -> str:
+    def prefix_of(self, component: str, part: str, shapes: Shapes, several: bool) -> str:
         if component == DENOISER:
-            return "lora_unet_" if is_unet else "lora_transformer_"
-        return super().prefix_of(component, part, is_unet)
+            return "lora_unet_" if is_unet(shapes) else "lora_transformer_"
+        return super().prefix_of(component, part, shapes, several)
 
     def refuses(self, record: Record) -> str:
         algorithm = record.algorithm

@@ -12,15 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nerine.api import Choice, read_fittings
 from nerine.errors import OptionError
 from nerine.integrations.kohya.arguments import ARGUMENTS
 from nerine.integrations.kohya.network import KohyaNetwork
-from nerine.integrations.kohya.parts import view
-from nerine.integrations.kohya.presets import enables_conv
+from nerine.integrations.kohya.presets import enables_conv, resolve
 from nerine.integrations.lycoris.arguments import defaults_of, parse_arguments
-from nerine.integrations.lycoris.settings import logger
-from nerine.integrations.lycoris.sources import source_of
+from nerine.integrations.lycoris.settings import logger, noise_of
+from nerine.integrations.lycoris.sources import read_for
 from nerine.model.adapter import Noise
 
 __all__ = ["KohyaNetwork", "LycorisNetworkKohya", "create_network", "create_network_from_weights"]
@@ -54,6 +52,7 @@ def create_network(
         raise OptionError(
             f"network_args: split_qkv: only lora can be split and written as one layer, not {given['algo']}"
         )
+    preset = resolve(preset)
     dim = 4 if network_dim is None else int(network_dim)
     defaults = defaults_of(given, dim, 1.0 if network_alpha is None else float(network_alpha), enables_conv(preset))
     if given.get("algo") == "ia3" and preset != "ia3":
@@ -81,14 +80,8 @@ def create_network_from_weights(
     """
     given, _ = parse_arguments(kwargs, "network_args", ARGUMENTS)
     network = KohyaNetwork.of(text_encoder, unet, multiplier)
-    with source_of(file, weights_sd) as source:
-        report, fittings = read_fittings(view(network.parts), source, Choice())
-        tensors = weights_sd if weights_sd is not None else {key: source.read(key) for key in source.keys}
-    network.fill(fittings, report, tensors, Noise(**_noise(given, for_inference)), given)
+    report, fittings, tensors = read_for(network.model, file, weights_sd)
+    noise = Noise() if for_inference else Noise(**noise_of(given))
+    network.fill(fittings, report, tensors, noise, given)
     network.train(not for_inference)  # programs that only make pictures never say so
     return network, tensors
-
-
-def _noise(given: Mapping[str, Any], for_inference: bool) -> dict[str, float]:
-    names = ("dropout", "rank_dropout", "module_dropout")
-    return {name: 0.0 if for_inference else given.get(name) or 0.0 for name in names}

@@ -97,10 +97,8 @@ _TRAIN_BLOCKS: Mapping[str, tuple[str, ...]] = {
 _FUSED = ("qkv", "linear1")
 
 
-def refine(part: Part, chosen: Sequence[Choice], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Choice]:
+def refine(part: Part, chosen: Sequence[Choice], given: Mapping[str, Any]) -> list[Choice]:
     """The layers that a preset chose of a part, after sd-scripts' own arguments; those of rank 0 are left out.
-
-    `defaults` are the ranks and alphas of all layers: dim, alpha, conv_dim, conv_alpha.
 
     Raises:
         OptionError: an argument does not fit this model.
@@ -110,7 +108,7 @@ def refine(part: Part, chosen: Sequence[Choice], given: Mapping[str, Any], defau
         found = [choice for choice in found if _is_trained(choice, given)]
         found += _outside(part, found, given)
         found = [_ranked(choice, given) for choice in found]
-        found = _by_block(part, found, given, defaults)
+        found = _by_block(part, found, given)
     found = [_by_pattern(choice, given) for choice in found]
     found = [_with_rate(choice, given) for choice in found]
     if part.number == 0 and given.get("split_qkv"):
@@ -144,6 +142,7 @@ def _outside(part: Part, chosen: Sequence[Choice], given: Mapping[str, Any]) -> 
     """Layers that only an argument asks for."""
     have = {choice.path for choice in chosen}
     found: dict[str, Choice] = {}
+    paths = [path for path, _ in _layers(part.model)]
 
     def ask(path: str, dim: int | None) -> None:
         if path not in have and path not in found:
@@ -156,11 +155,11 @@ def _outside(part: Part, chosen: Sequence[Choice], given: Mapping[str, Any]) -> 
         if len(ranks) != len(texts):
             raise OptionError(f"{name}: expected {len(texts)} ranks ({', '.join(texts)}), got {len(ranks)}")
         for text, dim in zip(texts, ranks, strict=True):
-            for path, _ in _layers(part.model):
+            for path in paths:
                 if text in part.lora_name(path):
                     ask(path, dim)
     for pattern in given.get("include_patterns") or ():
-        for path, _ in _layers(part.model):
+        for path in paths:
             if re.fullmatch(pattern, path):
                 ask(path, None)
     return list(found.values())
@@ -173,21 +172,21 @@ def _ranked(choice: Choice, given: Mapping[str, Any]) -> Choice:
     return choice
 
 
-def _by_block(part: Part, chosen: list[Choice], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Choice]:
+def _by_block(part: Part, chosen: list[Choice], given: Mapping[str, Any]) -> list[Choice]:
     """Ranks, alphas and rates by the blocks of SD's UNets."""
     if all(given.get(name) is None for name in _BY_BLOCK):
         return chosen
-    paths = [path for path, _ in _layers(part.model)]
-    if not any(path.startswith(("down_blocks.", "input_blocks.")) for path in paths):
+    layers = dict(_layers(part.model))
+    if not any(path.startswith(("down_blocks.", "input_blocks.")) for path in layers):
         asked = ", ".join(name for name in _BY_BLOCK if given.get(name) is not None)
         raise OptionError(f"{asked}: this model has no blocks of a UNet; use network_reg_dims and network_reg_lrs")
-    blocks = Blocks(paths)
+    blocks = Blocks(list(layers))
     weights = blocks.lr_weights(given)
     kinds = {"block": ("block_dims", "block_alphas"), "conv": ("conv_block_dims", "conv_block_alphas")}
     lists = {kind: [blocks.listed(name, given.get(name)) for name in names] for kind, names in kinds.items()}
-    layers = dict(_layers(part.model))
+    leaves_out = given.get("conv_dim") is None and lists["block"][0] is not None
     return [
-        _in_block(choice, blocks.of(choice.path), layers.get(choice.path), lists, weights, defaults)
+        _in_block(choice, blocks.of(choice.path), layers.get(choice.path), lists, weights, leaves_out)
         for choice in chosen
     ]
 
@@ -209,8 +208,10 @@ def _in_block(
     layer: nn.Module | None,
     lists: Mapping[str, list[Any]],
     weights: list[float] | None,
-    defaults: Mapping[str, Any],
+    leaves_out: bool,
 ) -> Choice:
+    """A layer in its block; `leaves_out` says that convolutions without a rank have none, for the ranks of blocks are
+    those of linear layers."""
     if block < 0:
         return choice
     if weights is not None:
@@ -220,8 +221,8 @@ def _in_block(
     kernel = getattr(layer, "kernel_size", (1,))
     is_conv = any(size != 1 for size in kernel)
     dims, alphas = lists["conv" if is_conv else "block"]
-    if is_conv and dims is None and lists["block"][0] is not None and defaults.get("conv_dim_given") is None:
-        return choice.with_dim(0)  # ranks for blocks are those of linear layers; without conv ranks, no convolutions
+    if is_conv and dims is None and leaves_out:
+        return choice.with_dim(0)
     return choice.with_dim(None if dims is None else dims[block], None if alphas is None else alphas[block])
 
 

@@ -8,12 +8,13 @@ Source: sd-scripts (train_network.py, gen_img.py, networks/lora*.py), LyCORIS's 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nerine.errors import OptionError, TargetError
 from nerine.files.reports import LoadReport
@@ -40,8 +41,11 @@ Groups = tuple[list[dict[str, Any]], list[str]]
 class KohyaNetwork(LycorisNetwork):
     """Adapters for one pipeline. `unet_loras` and `text_encoder_loras` are the modules, `loras` both.
 
-    `layers` are sd-scripts' own arguments, parsed; `defaults` the ranks, alphas and options of all layers.
+    `defaults` are the ranks, alphas and options of all layers, `arguments` the `network_args`, parsed, and `preset` as
+    `presets.resolve` gives it.
     """
+
+    taken: Mapping[str, Tensor] | None  # the tensors that the adapters have their values from
 
     LORA_PREFIX_UNET: ClassVar[str] = "lora_unet"
     LORA_PREFIX_TEXT_ENCODER: ClassVar[str] = "lora_te"
@@ -70,8 +74,7 @@ class KohyaNetwork(LycorisNetwork):
                 logger.info("%s: T5 is left alone; train_t5xxl=True trains it", part.key)
                 continue
             found = choose(part, preset, given)
-            own = {"conv_dim_given": given.get("conv_dim")}
-            choices += [(part, choice) for choice in refine(part, found, given, own)]
+            choices += [(part, choice) for choice in refine(part, found, given)]
         self._make(choices, defaults)
 
     @classmethod
@@ -98,12 +101,12 @@ class KohyaNetwork(LycorisNetwork):
             key, _, path = fitting.spot.path.partition(".")
             name = named[key].lora_name(path)
             self.loras.append(hosted_of(fitting, name, self.context, noise))
-            found = refine(named[key], [Choice(path, name)], _rates_alone(given), {})
-            self.loras[-1].__dict__["choice"] = found[0] if found else None
+            found = refine(named[key], [Choice(path, name)], _rates_alone(given))
+            self.choices.update((name, choice) for choice in found)
         self.report = report
         self.rates = Rates.of(given)
         self.train_t5xxl = any(part.number and is_t5(part.model) and self._has(part) for part in self.parts)
-        self.__dict__["taken"] = tensors
+        self.taken = tensors
         self.set_multiplier(self.multiplier)
         self.count()
 
@@ -111,27 +114,23 @@ class KohyaNetwork(LycorisNetwork):
         return any(lora.lora_name.startswith(f"{part.prefix}_") for lora in self.loras)
 
     def _begin_parts(self, text_encoder: Any, unet: nn.Module | None, multiplier: float) -> None:
-        self.__dict__["parts"] = parts_of(text_encoder, unet)
+        self.parts = parts_of(text_encoder, unet)
         self._begin(view(self.parts), multiplier)
-        self.__dict__["taken"] = None  # the tensors that the adapters have their values from
-        self.__dict__["clock"] = None
+        self.choices: dict[str, Choice] = {}  # what was said of each layer, by its name in files
+        self.taken = None
+        self.clock: RemovableHandle | None = None
         self.mask_dic: dict[int, Tensor] | None = None
-        self.__dict__["region"] = None
-
-    parts: list[Part]
+        self.region: Region | None = None
 
     def _make(self, choices: Sequence[tuple[Part, Choice]], defaults: Defaults) -> None:
         wishes: list[Wish] = []
-        by_name: dict[str, Choice] = {}
         for part, choice in choices:
             for rows in choice.rows or (None,):
                 name = choice.lora_name if rows is None else f"{choice.lora_name}[{rows[0]}:{rows[1]}]"
                 wishes.append(Wish(f"{part.key}.{choice.path}", name, choice.options, rows))
-                by_name[name] = choice
-        built = build(self.__dict__["model"], wishes, defaults, self.multiplier, self.context)
+                self.choices[name] = choice
+        built = build(self.model, wishes, defaults, self.multiplier, self.context)
         self.loras, self.skipped = list(built.modules), built.skipped
-        for lora in self.loras:
-            lora.__dict__["choice"] = by_name[lora.lora_name]
         self.count()
         if not self.loras:
             why = next(iter(self.skipped.items()), None)
@@ -166,14 +165,14 @@ class KohyaNetwork(LycorisNetwork):
         self._put_all(kept)
         denoiser = next((part.model for part in self.parts if part.number == 0), None)
         if denoiser is not None and any(lora.algo == "tlora" for lora in kept):
-            self.__dict__["clock"] = listen(denoiser, self.context)
+            self.clock = listen(denoiser, self.context)
 
     def restore(self) -> None:
         """Take them off."""
         self._leave_region()
-        if self.__dict__["clock"] is not None:
-            self.__dict__["clock"].remove()
-            self.__dict__["clock"] = None
+        if self.clock is not None:
+            self.clock.remove()
+            self.clock = None
         super().restore()
 
     def merge_to(  # type: ignore[override]
@@ -187,7 +186,7 @@ class KohyaNetwork(LycorisNetwork):
     ) -> None:
         """Put the adapters into the weights for good at the network's multiplier, as one sum in fp32 rounded once to
         the number format of each weight; `dtype` and `device` are where others would do the sum."""
-        if weights_sd is not None and weights_sd is not self.__dict__["taken"]:
+        if weights_sd is not None and weights_sd is not self.taken:
             self._take(Source.of(weights_sd))
         super().merge_to(self.multiplier)
 
@@ -218,9 +217,9 @@ class KohyaNetwork(LycorisNetwork):
             loras = [lora for lora in self.text_encoder_loras if lora.lora_name.startswith(f"{part.prefix}_")]
             label = "textencoder" if len(encoders) == 1 else f"textencoder {part.number}"
             rate = _rate_of(text_encoder_lr, i, default_lr)
-            _add(params, names, groups(loras, rate, self.rates.text_encoder, label))
+            _add(params, names, groups(loras, self.choices, rate, self.rates.text_encoder, label))
         rate = default_lr if unet_lr is None else unet_lr
-        _add(params, names, groups(self.unet_loras, rate, self.rates.unet, "unet"))
+        _add(params, names, groups(self.unet_loras, self.choices, rate, self.rates.unet, "unet"))
         if not params:
             raise OptionError(
                 f"nothing would be trained: text_encoder_lr={text_encoder_lr}, unet_lr={unet_lr}, "
@@ -230,10 +229,6 @@ class KohyaNetwork(LycorisNetwork):
 
     def on_step_start(self, *_: Any) -> None:
         """Asked before each step; there is nothing to do."""
-
-    def get_trainable_params(self, *_: Any) -> Iterator[nn.Parameter]:
-        """The trained tensors, for the clipping of gradients."""
-        return self.parameters()
 
     # -- files ---------------------------------------------------------------------------------------------------
     def save_weights(
@@ -260,10 +255,8 @@ class KohyaNetwork(LycorisNetwork):
         self._leave_region()
         whole = torch.ones_like(mask) if mask.max() == 0 else mask
         encoders = {part.prefix for part in self.parts if part.number}
-        self.__dict__["region"] = Region(sub_prompt_index, is_last_network, whole)
+        self.region = Region(sub_prompt_index, is_last_network, whole)
         self.region.enter(self.loras, encoders)
-
-    region: Region
 
     def set_current_generation(
         self,
@@ -276,14 +269,16 @@ class KohyaNetwork(LycorisNetwork):
     ) -> None:
         """What the coming picture is: its size in pixels, and how many sub-prompts share it. `shared` is passed to all
         networks of the picture."""
+        if self.region is None:
+            raise OptionError("set_current_generation: set_region comes first")
         lora = self.loras[0]
         self.region.begin(batch_size, num_sub_prompts, (height, width), shared, ds_ratio, lora.device, lora.dtype)
         self.mask_dic = self.region.masks
 
     def _leave_region(self) -> None:
-        if self.__dict__["region"] is not None:
+        if self.region is not None:
             self.region.leave()
-        self.__dict__["region"] = None
+        self.region = None
 
 
 def _rates_alone(given: Mapping[str, Any]) -> dict[str, Any]:

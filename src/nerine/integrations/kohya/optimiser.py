@@ -40,14 +40,14 @@ class Rates:
 
 
 def groups(
-    loras: Sequence[Hosted], rate: float | None, ratio: float | None, label: str
+    loras: Sequence[Hosted], choices: Mapping[str, Choice], rate: float | None, ratio: float | None, label: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(groups, what each is called): one for each rule with a rate of its own, each block and the rest, each of those
     in two with LoRA+. Groups without a rate are left out."""
     found: dict[tuple[str, bool], list[nn.Parameter]] = {}
     rates: dict[str, float | None] = {}
     for lora in loras:
-        name, own = _named(lora.__dict__.get("choice"), rate, label)
+        name, own = _named(choices.get(lora.lora_name), rate, label)
         rates[name] = own
         for key, parameter in lora.adapter.named_parameters(recurse=False):
             plus = ratio is not None and key in lora.adapter.carriers

@@ -14,28 +14,35 @@ from nerine.integrations.kohya.layers import Choice
 from nerine.integrations.kohya.parts import Part
 from nerine.integrations.lycoris.arguments import named_preset
 from nerine.integrations.lycoris.building import overrides
-from nerine.integrations.lycoris.presets import PresetConfig, list_builtin_presets
+from nerine.integrations.lycoris.presets import list_builtin_presets
 from nerine.integrations.lycoris.selection import selected
 from nerine.model.layer import layer_kind
 from nerine.model.presets import PRESETS, preset_of
 from nerine.model.presets import choose as by_structure
 
-__all__ = ["choose", "enables_conv"]
+__all__ = ["choose", "enables_conv", "resolve"]
+
+Resolved = str | Mapping[str, Any]
 
 _ADAPTER = "llm_adapter"  # of Anima, which train_llm_adapter asks for
 
 
-def choose(part: Part, preset: Any, given: Mapping[str, Any]) -> list[Choice]:
-    """The layers of a part, in the order of its model.
+def resolve(preset: Any) -> Resolved:
+    """The name of a preset of structure as it is; the table of LyCORIS's rules that anything else means.
 
     Raises:
         OptionError: no such preset.
     """
     if isinstance(preset, str) and preset in PRESETS:
-        return _by_structure(part, preset, given)
+        return preset
     if isinstance(preset, str) and not Path(preset).is_file():
         raise OptionError(f"preset: {preset!r} is no file and no preset. {nearest(preset, PRESETS)}")
-    return _by_rules(part, named_preset(preset), given)
+    return named_preset(preset)
+
+
+def choose(part: Part, preset: Resolved, given: Mapping[str, Any]) -> list[Choice]:
+    """The layers of a part, in the order of its model."""
+    return _by_structure(part, preset, given) if isinstance(preset, str) else _by_rules(part, preset, given)
 
 
 def _by_structure(part: Part, preset: str, given: Mapping[str, Any]) -> list[Choice]:
@@ -87,9 +94,6 @@ def _by_rules(part: Part, table: Mapping[str, Any], given: Mapping[str, Any]) ->
     return [Choice(path, part.lora_name(path), overrides(own, path)) for path, own in chosen.items()]
 
 
-def enables_conv(preset: Any) -> bool:
-    """Whether a preset takes convolutions with a kernel."""
-    if isinstance(preset, str) and preset in PRESETS:
-        return True  # it has chosen already
-    table = preset.to_dict() if isinstance(preset, PresetConfig) else named_preset(preset)
-    return bool(table.get("enable_conv", True))
+def enables_conv(preset: Resolved) -> bool:
+    """Whether a preset takes convolutions with a kernel; one of structure has chosen its layers already."""
+    return isinstance(preset, str) or bool(preset.get("enable_conv", True))

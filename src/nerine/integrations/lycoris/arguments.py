@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nerine.errors import OptionError, nearest
-from nerine.integrations.arguments import as_bool, as_float, as_int, parse, renamed
+from nerine.integrations.arguments import as_bool, as_float, as_int, parse
 from nerine.integrations.lycoris.building import Defaults
 from nerine.integrations.lycoris.presets import PresetConfig, list_builtin_presets, read_preset
-from nerine.integrations.lycoris.settings import DEPRECATED, LAYER_OPTIONS, ignores, logger
+from nerine.integrations.lycoris.settings import LAYER_OPTIONS, current, ignores, logger
 
 __all__ = ["defaults_of", "named_preset", "parse_arguments"]
 
@@ -29,10 +29,7 @@ def parse_arguments(
     kwargs: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], Any]:
     """The parsed arguments, and the preset apart."""
-    values = dict(kwargs)
-    if as_bool("disable_conv_cp", values.pop("disable_conv_cp", False)):
-        values["use_tucker"] = False  # LyCORIS turns it on by this
-    given = parse(renamed(values, DEPRECATED), {**_ARGUMENTS, **(more or {})}, where)
+    given = parse(current(kwargs), {**_ARGUMENTS, **(more or {})}, where)
     if given.pop("weight_decompose", False):
         logger.warning("weight_decompose is the name inside of modules, which LyCORIS ignores here; taken as dora_wd")
         given["dora_wd"] = True

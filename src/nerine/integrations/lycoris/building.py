@@ -93,13 +93,14 @@ def _build_one(
     if options is None:
         return "its rank is 0"
     try:
-        why = algorithm_for(options, spot.site).unsuited(spot.site)
+        algorithm = algorithm_for(options, spot.site)
     except NerineError as error:
         raise type(error)(f"{path}: {error}") from None
+    why = algorithm.unsuited(spot.site)
     if why:
         return why
-    adapter = new_adapter(spot, options, context, strength=float(multiplier))
-    return class_of(adapter.algorithm).of(wish.lora_name, spot, adapter)
+    adapter = new_adapter(spot, algorithm, options, context, strength=float(multiplier))
+    return class_of(algorithm).of(wish.lora_name, spot, adapter)
 
 
 def resolved(own: Mapping[str, Any], defaults: Defaults, site: Site) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from nerine.model.adapter import Adapter, check_strength
 from nerine.model.attach import take_off
 from nerine.model.fitting import put_in
 from nerine.model.forward import added
-from nerine.model.mount import MOUNTS, Mount, Spot, adapters_of, bias_at, mounts_of, original_at, weight_at
+from nerine.model.mount import MOUNTS, Mount, Spot, bias_at, names_in, original_at, weight_at
 from nerine.model.network import Network
 from nerine.ops.precision import full_precision, same_dtype, wide
 
@@ -35,9 +35,7 @@ Pair = tuple[Tensor, Tensor | None]
 
 def free_name(model: nn.Module, stem: str) -> str:
     """A name that no adapter of `model` has: `stem`, or `stem` with a number."""
-    taken = {
-        name for holder in model.modules() for mount in mounts_of(holder) for name, _ in adapters_of(holder, mount)
-    }
+    taken = names_in(model)
     number = 1
     while (found := stem if number == 1 else f"{stem}_{number}") in taken:
         number += 1
@@ -56,9 +54,9 @@ class Hosted(nn.Module):
     def _hold(self, lora_name: str, spot: Spot, adapter: Adapter) -> None:
         self.lora_name = lora_name
         self.adapter = adapter
-        self.__dict__["spot"] = spot  # not registered: the layer belongs to the model
-        self.__dict__["org_module"] = [spot.holder]
-        self.__dict__["applied_as"] = ""
+        self.spot = spot
+        self.org_module = [spot.holder]  # in a list, where torch does not register it: it belongs to the model
+        self.applied_as = ""
         self.register_state_dict_post_hook(_speak)
         self.register_load_state_dict_pre_hook(_listen)
 
@@ -171,13 +169,13 @@ class Hosted(nn.Module):
         if not self.applied_as:
             name = free_name(self.spot.holder, "lycoris")
             put_in(self.spot.caller or self.spot.holder, [(self.spot, self.adapter)], name, own=False, freeze=False)
-            self.__dict__["applied_as"] = name
+            self.applied_as = name
 
     def restore(self) -> None:
         """Take it off; the layer is bitwise what it was."""
         if self.applied_as:
             take_off(self.spot.caller or self.spot.holder, self.applied_as)
-            self.__dict__["applied_as"] = ""
+            self.applied_as = ""
 
     @contextmanager
     def _on(self) -> Iterator[Network]:
@@ -212,9 +210,8 @@ class Hosted(nn.Module):
         change, shift = self.get_diff_weight(multiplier, None, None)
         bias = bias_at(self.spot.holder, self.spot)
         moved = bias if shift is None or bias is None else wide(bias.detach()) + shift
-        return _shaped(wide(self._original().detach()) + change, shape, device), None if moved is None else moved.to(
-            device
-        )
+        whole = _shaped(wide(self._original().detach()) + change, shape, device)
+        return whole, None if moved is None else moved.to(device)
 
     def bypass_forward_diff(self, x: Tensor, scale: float = 1) -> Tensor:
         """scale·(what it adds to the layer's output for the input `x`)."""

@@ -52,17 +52,14 @@ def layer_of(module: nn.Module) -> nn.Module:
 
 
 def new_adapter(
-    spot: Spot, options: Mapping[str, Any], context: Context | None = None, strength: float = 1.0
+    spot: Spot,
+    algorithm: Algorithm,
+    options: Mapping[str, Any],
+    context: Context | None = None,
+    strength: float = 1.0,
 ) -> Adapter:
-    """A fresh adapter for a weight from parsed options; at first it changes nothing.
-
-    Raises:
-        OptionError: the options fit no algorithm, or the algorithm not this layer.
-    """
-    algorithm = algorithm_for(options, spot.site)
-    why = algorithm.unsuited(spot.site)
-    if why:
-        raise OptionError(f"{spot.path}: {why}")
+    """A fresh adapter for a weight, which suits `algorithm`, with the dropouts of parsed options; at first it changes
+    nothing."""
     rule = Rule(spot.path, algorithm, strength=strength)
     fitting = fresh(Target(spot, kind_of(spot.holder, spot.attr), rule, algorithm))
     return adapter_for(fitting, Noise(**noise_of(options)), context_for(options, context), own=False)
@@ -114,7 +111,11 @@ class LycorisBaseModule(Hosted):
         layer = layer_of(org_module)
         spot = Spot(lora_name, layer, site_of(layer, lora_name))
         parsed = layer_options({**options, "algo": self.algo}, type(self).__name__)
-        self._hold(lora_name, spot, new_adapter(spot, parsed, strength=float(multiplier)))
+        algorithm = algorithm_for(parsed, spot.site)
+        why = algorithm.unsuited(spot.site)
+        if why:
+            raise OptionError(f"{spot.path}: {why}")
+        self._hold(lora_name, spot, new_adapter(spot, algorithm, parsed, strength=float(multiplier)))
 
     @classmethod
     def parametrize(cls, org_module: nn.Module, attr: str, *args: Any, **kwargs: Any) -> Adapter:

@@ -29,7 +29,7 @@ from nerine.integrations.lycoris.selection import Targets, selected, targets_of,
 from nerine.integrations.lycoris.settings import logger
 from nerine.integrations.lycoris.sources import PICKLED, source_of
 from nerine.model.adapter import Context
-from nerine.model.fitting import check_name, put_in
+from nerine.model.fitting import put_in
 from nerine.model.network import Network
 
 __all__ = ["LycorisNetwork"]
@@ -62,6 +62,7 @@ class LycorisNetwork(nn.Module):
         "exclude_name": "TARGET_EXCLUDE_NAME",
     }
 
+    model: nn.Module
     loras: list[Hosted]
     skipped: Mapping[str, str]
     algo_table: dict[str, int]
@@ -146,7 +147,7 @@ class LycorisNetwork(nn.Module):
         self.skipped = {}
         self.algo_table = {}
         self.report = None
-        self.__dict__["model"] = model  # not registered: it is the host's
+        self.__dict__["model"] = model  # past torch, which would register it: it is the host's
         self.context = Context(model=weakref.ref(model))
         self.network = None  # the handle, once the adapters are on
         self._precise = 0.0
@@ -193,13 +194,11 @@ class LycorisNetwork(nn.Module):
     def _put_on(self, loras: Sequence[Hosted]) -> None:
         if self.network is not None:
             return
-        model: nn.Module = self.__dict__["model"]
-        name = free_name(model, "lycoris")
-        check_name(model, name)
+        name = free_name(self.model, "lycoris")
         ready = [(lora.spot, lora.adapter) for lora in loras]
-        self.network, _ = put_in(model, ready, name, own=False, freeze=False)
+        self.network, _ = put_in(self.model, ready, name, own=False, freeze=False)
         for lora in loras:
-            lora.__dict__["applied_as"] = name
+            lora.applied_as = name
             lora.train(self.training)
 
     def restore(self) -> None:
@@ -208,7 +207,7 @@ class LycorisNetwork(nn.Module):
             self.network.detach()
         self.network = None
         for lora in self.loras:
-            lora.__dict__["applied_as"] = ""
+            lora.applied_as = ""
 
     def set_multiplier(self, multiplier: float) -> None:
         """The strength of all adapters."""
@@ -311,7 +310,7 @@ class LycorisNetwork(nn.Module):
 
     def _take(self, source: Source) -> dict[str, list[str]]:
         placed = {lora.spot.path: (lora.spot, lora.adapter) for lora in self.loras}
-        self.report, found = read_params(self.__dict__["model"], placed, source, Choice())
+        self.report, found = read_params(self.model, placed, source, Choice())
         if self.network is not None:
             self.network.not_merged("load tensors")
         by_path = {lora.spot.path: lora for lora in self.loras}

@@ -37,6 +37,7 @@ __all__ = [
     "LAYER_NAMES",
     "LAYER_OPTIONS",
     "algorithm_for",
+    "current",
     "ignores",
     "layer_options",
     "logger",
@@ -116,10 +117,15 @@ def layer_options(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         OptionError: an unknown name, or a value that cannot be read.
     """
-    values = {_SAME.get(key, key): value for key, value in given.items()}
+    return parse(current({_SAME.get(key, key): value for key, value in given.items()}), LAYER_OPTIONS, where)
+
+
+def current(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments under their names of today, with a warning for those of the past."""
+    values = dict(given)
     if as_bool("disable_conv_cp", values.pop("disable_conv_cp", False)):
         values["use_tucker"] = False  # LyCORIS turns it on by this
-    return parse(renamed(values, DEPRECATED), LAYER_OPTIONS, where)
+    return renamed(values, DEPRECATED)
 
 
 def noise_of(options: Mapping[str, Any]) -> dict[str, float]:

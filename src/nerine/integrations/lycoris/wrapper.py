@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nerine.api import Choice, read_fittings
 from nerine.errors import OptionError
 from nerine.integrations.lycoris.arguments import defaults_of, named_preset, parse_arguments
 from nerine.integrations.lycoris.modules import hosted_of
 from nerine.integrations.lycoris.network import LycorisNetwork
 from nerine.integrations.lycoris.presets import PresetConfig
 from nerine.integrations.lycoris.settings import noise_of
-from nerine.integrations.lycoris.sources import source_of
+from nerine.integrations.lycoris.sources import read_for
 from nerine.model.adapter import Noise
 
 __all__ = ["LycorisNetwork", "create_lycoris", "create_lycoris_from_weights"]
@@ -83,9 +82,7 @@ def create_lycoris_from_weights(
     """
     given, _ = parse_arguments(kwargs, "create_lycoris_from_weights", {"apply_preset": _table})
     network = LycorisNetwork(module, init_only=True)
-    with source_of(file, weights_sd) as source:
-        report, fittings = read_fittings(module, source, Choice())
-        tensors = weights_sd if weights_sd is not None else {key: source.read(key) for key in source.keys}
+    report, fittings, tensors = read_for(module, file, weights_sd)
     prefix = LycorisNetwork.LORA_PREFIX
     noise = Noise(**noise_of(given))
     network.loras = [

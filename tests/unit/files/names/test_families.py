@@ -242,7 +242,7 @@ ORIGINAL = {
     "clip with projection": (
         "open_clip",
         """
-        text_model.encoder.layers.1.self_attn.v_proj[0:32]    transformer.resblocks.1.attn.in_proj[64:96]
+        text_model.encoder.layers.1.self_attn.v_proj[0:32]    transformer.resblocks.1.attn.in_proj_weight[64:96]
         text_model.encoder.layers.0.mlp.fc2                   transformer.resblocks.0.mlp.c_proj
         text_model.final_layer_norm                           ln_final
         """,

@@ -3,7 +3,7 @@
 transformers 4 has everything below `text_model`; in transformers 5 that level is gone from the model without a
 projection ("bare" here). OpenCLIP, whence the large ones come, fuses query, key and value, and stores
 `text_projection` the other way round (`[in, out]`), which is therefore not the same layer. Its `positional_embedding`
-and `in_proj_weight` are bare parameters: here they are called `positional_embedding` and `in_proj`.
+and `in_proj_weight` are bare parameters, without a layer of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLIP_TEXT = Family(
         text_model.<E>.mlp.fc1                      <E>.mlp.fc1                        <R>.mlp.c_fc
         text_model.<E>.mlp.fc2                      <E>.mlp.fc2                        <R>.mlp.c_proj
         text_model.<E>.self_attn.out_proj           <E>.self_attn.out_proj             <R>.attn.out_proj
-        text_model.<E>.self_attn.{<QKV>}            <E>.self_attn.{<QKV>}              <R>.attn.in_proj
+        text_model.<E>.self_attn.{<QKV>}            <E>.self_attn.{<QKV>}              <R>.attn.in_proj_weight
         """,
         E=["encoder.layers.*"],
         R=["transformer.resblocks.*"],

@@ -146,7 +146,7 @@ class Algorithm(ABC):
     """A map of weights. Concrete algorithms are frozen dataclasses whose fields are the settings.
 
     *May* be overridden: `unsuited`, `start`, `start_of`, `draw`, `gate`, `penalty`, `shift`, `for_file`, `from_file`,
-    `complete`, `weight`, `output`, `acts_on_input`, `changed_input`, `row_norm`, `column_norm`, `size`, `cost`, `fit`,
+    `complete`, `weight`, `add_to`, `is_fixed`, `output`, `acts_on_input`, `changed_input`, `row_norm`, `column_norm`, `size`, `cost`, `fit`,
     and `deviation` where there is a faster form.
     """
 
@@ -257,6 +257,15 @@ class Algorithm(ABC):
         weight = wide(weight)
         return weight + self.weight_deviation(p, weight)
 
+    def add_to(self, total: Tensor, p: Params, weight: Tensor, strength: Tensor | float) -> Tensor:
+        """total + strength·(W' - W), in the memory of `total`, which is the caller's own and not that of `weight`
+        unless `is_fixed`; *may* be overridden by a form that needs fewer passes."""
+        return total.add_(self.weight_deviation(p, weight) * strength)
+
+    def is_fixed(self, p: Params) -> bool:
+        """Whether W' - W is the same whatever the weight is."""
+        return False
+
     def shift(self, p: Params) -> Tensor | None:
         """bias' - bias `[out]`, or None where the bias stays."""
         return None
@@ -359,6 +368,9 @@ class Sandwich(Algorithm):
     def post(self, p: Params, t: Tensor) -> Tensor:
         """The output piece on `t` `[..., out]`."""
         raise NotImplementedError
+
+    def is_fixed(self, p: Params) -> bool:
+        return self.pieces_of(p) <= {"delta", "shift"}
 
     def reach(self, p: Params) -> int:
         """How many neighbouring outputs `post` mixes: blocks of this size stay by themselves."""

@@ -40,6 +40,15 @@ class LowRank(Sandwich):
         up, down = self.factors(Params(p.tensors))
         return (up @ down.flatten(1)).reshape(shape)
 
+    def add_to(self, total: Tensor, p: Params, weight: Tensor, strength: Tensor | float) -> Tensor:
+        """One product into the memory of `total`."""
+        up, down = self.factors(p)
+        up, down = same_dtype(up * strength, total), same_dtype(down.flatten(1), total)
+        if not total.is_contiguous():
+            return total.add_((up @ down).reshape(total.shape))
+        total.view(total.shape[0], -1).addmm_(up, down)
+        return total
+
     def _through(self, p: Params, call: Call) -> tuple[Tensor, Tensor]:
         """down(x) and up, scale in it."""
         up, down = self.factors(p)

@@ -11,6 +11,7 @@ import sys
 import typer
 
 from nerine.cli.demo import demo
+from nerine.cli.merge import merge
 from nerine.errors import NerineError
 from nerine.version import __version__
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(demo)
+app.command()(merge)
 
 
 def _version(asked: bool) -> None:
@@ -46,6 +48,10 @@ def main() -> None:
         app()
     except NerineError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"{where}{error.strerror or error}; nothing was changed", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

@@ -142,7 +142,7 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
     return found
 
 
-def split_strength(text: str) -> tuple[str, float | dict[str, float]]:
+def split_strength(text: str) -> tuple[str, float | dict[Any, float]]:
     """A file and its strength from "FILE", "FILE:0.8" or "FILE:unet=0.8,text_encoder=0.4".
 
     Raises:

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from typing import Any, BinaryIO
 
 from nerine.errors import FormatError
 
-__all__ = ["replacing", "write_json", "write_text"]
+__all__ = ["replacing", "replacing_folder", "write_json", "write_text"]
+
+NEW, OLD = ".new", ".old"  # the folder that is being written, and the one that it takes the place of
 
 # Windows has no such locks: what a killed program leaves is not cleared away there.
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -56,6 +59,44 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     _sync_folder(file.parent)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder that takes the name `path` at the end, with all that was written into it by then.
+
+    Whoever writes into it sees to it that the files are on the disk. An error, an interruption or a full disk leaves
+    whatever was there before, and no rubbish; what a killed program left is cleared away by the next writer.
+
+    Raises:
+        FormatError: the folder above does not exist, or a file has that name.
+    """
+    place = Path(path)
+    if not place.parent.is_dir():
+        raise FormatError(f"{place}: the folder {place.parent} does not exist; create it first")
+    if place.is_file():
+        raise FormatError(f"{place}: expected the name of a folder, found a file there; choose another name")
+    _clear_away(place)
+    held, mark = _open_neighbour(place)
+    new, old = Path(mark + NEW), Path(mark + OLD)
+    try:
+        with held:
+            new.mkdir()
+            yield new
+            _sync_folder(new)
+            if place.exists():
+                os.replace(place, old)
+            os.replace(new, place)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not place.exists():
+            os.replace(old, place)
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(mark)
+    shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(place.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> int:
@@ -123,9 +164,19 @@ def _clear_away(file: Path) -> None:
             descriptor = os.open(file.parent / name, os.O_RDWR)
             try:
                 if _lock(descriptor, wait=False):
+                    _clear_folders(file, name)
                     os.unlink(file.parent / name)
             finally:
                 os.close(descriptor)
+
+
+def _clear_folders(place: Path, mark: str) -> None:
+    """What a killed writer of a folder left: the old one goes back to its place where nothing has taken it."""
+    new, old = place.parent / (mark + NEW), place.parent / (mark + OLD)
+    if old.is_dir() and not place.exists():
+        os.replace(old, place)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _mode(file: Path) -> int:

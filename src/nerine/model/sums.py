@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nerine.algorithms import Params
@@ -33,9 +34,12 @@ def summed(shares: list[Share]) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 def changed(weight: Tensor, shares: list[Share]) -> Tensor:
     """W + Σ strength·(W' - W) of a weight in at least fp32."""
-    total = weight
+    total = weight.clone(memory_format=torch.contiguous_format)
     for adapter, p, strength in shares:
-        total = total + adapter.weight_deviation(p, weight) * strength
+        if adapter.site.experts:
+            total = total + adapter.weight_deviation(p, weight) * strength
+        else:
+            total = adapter.algorithm.add_to(total, p, weight, strength)
     return total
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from commands import run
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -40,6 +43,33 @@ def test_the_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "document", program)  # where dataclasses and pickle look a class up
     for code in blocks(document):
         exec(compile(code, str(document), "exec", dont_inherit=True), program.__dict__)
+
+
+COMMAND = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.no_device_guard
+def test_the_commands_of_the_tools_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every `nerine` line of docs/tools.md, in order, on the files that its first block makes."""
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    ran: dict[str, int] = {}
+    space: dict[str, Any] = {}
+    for kind, code in COMMAND.findall(text):
+        if kind == "python":
+            exec(compile(code, "docs/tools.md", "exec", dont_inherit=True), space)
+            continue
+        for line in code.splitlines():
+            words = shlex.split(line)
+            assert words[0] == "nerine", line
+            done = run(capsys, *words[1:])
+            assert done.code == 0, f"{line}\n{done.out}\n{done.err}"
+            assert done.out.strip(), line
+            ran[words[1]] = ran.get(words[1], 0) + 1
+    assert set(ran) >= {"inspect", "compare", "verify", "merge", "extract", "suggest", "convert", "resize", "combine"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

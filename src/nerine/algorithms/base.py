@@ -146,13 +146,14 @@ class Algorithm(ABC):
     """A map of weights. Concrete algorithms are frozen dataclasses whose fields are the settings.
 
     *May* be overridden: `unsuited`, `start`, `start_of`, `draw`, `gate`, `penalty`, `shift`, `for_file`, `from_file`,
-    `complete`, `weight`, `add_to`, `is_fixed`, `output`, `acts_on_input`, `changed_input`, `row_norm`, `column_norm`, `size`, `cost`, `fit`,
-    and `deviation` where there is a faster form.
+    `complete`, `weight`, `add_to`, `is_fixed`, `output`, `acts_on_input`, `changed_input`, `row_norm`, `column_norm`,
+    `size`, `cost`, `fit`, and `deviation` where there is a faster form.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "transposed", "embedding"})
+    instead: ClassVar[str] = "; extract as LoRA or LoKr instead"  # why there is no `fit`, and what to do
     keeps_mean: ClassVar[bool] = True  # whether dropped ranks are made up for by the others
 
     def __new__(cls, *args: Any, **settings: Any) -> Algorithm:
@@ -276,12 +277,15 @@ class Algorithm(ABC):
         return size
 
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
-        """The tensors of these settings for which W' comes closest to `target`.
+        """The tensors of these settings for which W' comes closest to `target`, or near to that where only an
+        iteration finds them; each algorithm says which, and what it is never worse than.
 
+        `weight` and `target` are `[out, in/groups, *k]`; the tensors come in at least fp32. The same input always gives
+        the same result. A bias stays as it is.
         Raises:
-            OptionError: this algorithm is not fitted in closed form.
+            OptionError: this algorithm, or one of its settings, is not fitted; the message says what to do instead.
         """
-        raise OptionError(f"{type(self).__name__} cannot be fitted to a given weight; extract as LoRA or LoKr instead")
+        raise OptionError(f"{type(self).__name__} cannot be fitted to a given weight{self.instead}")
 
     # -- face 2: activations -------------------------------------------------------------------------------------
     def deviation(self, p: Params, call: Call) -> Tensor:

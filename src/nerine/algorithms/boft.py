@@ -50,6 +50,7 @@ class BOFT(Sandwich):
 
     name = "boft"
     source = "Liu et al., arXiv:2311.06243"
+    instead = ", for its stages turn one after the other; extract as DiagOFT, which has one, or as LoRA instead"
     pieces = frozenset({"post"})
     keeps_mean = False
     block_size: int = 32

@@ -14,10 +14,10 @@ from torch import Tensor
 from nerine.algorithms.base import Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_divisor
 from nerine.axes import Layout, Spec
-from nerine.errors import OptionError
 from nerine.ops.blocks import turn_channels
-from nerine.ops.cayley import bounded, cayley, inverse_cayley, skew
+from nerine.ops.cayley import bounded, cayley, skew
 from nerine.ops.precision import full_precision, same_dtype, wide
+from nerine.ops.procrustes import nearest_turn, nearest_turn_and_gain
 from nerine.ops.recompute import replay
 from nerine.site import Site
 
@@ -116,18 +116,15 @@ class DiagOFT(Sandwich):
         return site.channels_first(turn_channels(site.channels_last(call.y), matrices, offset))
 
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
-        """The blocks that turn the weight nearest to `target` (Procrustes), without half turns, which have no Q."""
-        if self.rescale:
-            raise OptionError("DiagOFT: a rescaled rotation is not fitted; leave rescale out")
+        """The blocks that turn the weight nearest to `target` (Procrustes), within the bound; with `rescale` the
+        factors in turns with them."""
         design = self.design(site)
-        size = design.sizes["s"]
-        before, after = (wide(t).reshape(-1, size, site.flat) for t in (weight, target))
-        with full_precision(before):
-            u, _, vh = torch.linalg.svd(before @ after.mT)
-            sign = torch.sign(torch.linalg.det(u @ vh))
-            u = torch.cat([u[..., :-1], u[..., -1:] * sign[:, None, None]], -1)
-            q = inverse_cayley(u @ vh)
-        return Params({"blocks": q / 2}, design.scale)
+        limit = design.scale * site.shape[0]
+        before, after = (wide(t).reshape(-1, design.sizes["s"], site.flat) for t in (weight, target))
+        if not self.rescale:
+            return Params({"blocks": nearest_turn(before, after, limit) / 2}, design.scale)
+        q, gain = nearest_turn_and_gain(before, after, limit)
+        return Params({"blocks": q / 2, "rescale": gain.reshape(design.shapes["rescale"])}, design.scale)
 
     def cost(self, site: Site, design: Design) -> int:
         return site.shape[0] * design.sizes["s"]

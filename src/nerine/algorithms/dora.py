@@ -17,7 +17,8 @@ from nerine.algorithms.base import FLOOR, Algorithm, Call, ChangedInput, Design,
 from nerine.algorithms.settings import check_choice, check_flag
 from nerine.axes import Layout, Spec
 from nerine.errors import OptionError
-from nerine.ops.precision import same_dtype, wide
+from nerine.ops.direction_fit import best_lengths
+from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.rescale import rescale
 from nerine.ops.row_norm import norm_from_square, row_square
 from nerine.site import Site
@@ -28,6 +29,8 @@ _MAGNITUDE = {
     "out": Spec("out 1 *1", "dora_scale", init="ones"),
     "in": Spec("1 in *1", "dora_scale", init="ones"),
 }
+_SWEEPS = 12  # of a fit
+_ENOUGH = 1e-2  # one that takes away less than this share of the error is the last
 
 
 def _around(layout: Layout, axis: str) -> Layout:
@@ -133,9 +136,23 @@ class DoRA(Algorithm):
     def size(self, p: Params, weight: Tensor) -> Tensor:
         return self.inner.size(self._split(p)[1], weight)
 
+    @torch.no_grad()
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
-        norm = self._view(self._norm(wide(target)), weight.dim())
-        return self._joined(norm, self.inner.fit(site, weight, target))
+        """The inner adapter is fitted to the target's directions: in turns to the target, each row multiplied so that
+        it lies nearest to that of V, for its length is the magnitude's business."""
+        weight, target = wide(weight), wide(target)
+        scaled, least, best = target, float("inf"), None
+        for _ in range(_SWEEPS):
+            inner = self.inner.fit(site, weight, scaled)
+            with full_precision(weight):
+                v = self.inner.weight(inner, weight)
+            found = best_lengths(self._rows(v), self._rows(target), FLOOR)
+            if best is not None and found.error > least * (1 - _ENOUGH):
+                break
+            least, best = found.error, self._joined(self._view(found.magnitude, weight.dim()), inner)
+            scaled = target * self._view(found.share, weight.dim())
+        assert best is not None
+        return best
 
     # -- pieces --------------------------------------------------------------------------------------------------
     def _view(self, v: Tensor, dims: int) -> Tensor:
@@ -144,7 +161,11 @@ class DoRA(Algorithm):
 
     def _norm(self, v: Tensor) -> Tensor:
         """|V| over the axis, as a vector."""
-        return norm_from_square(row_square(v if self.axis == "out" else v.transpose(0, 1)), FLOOR)
+        return norm_from_square(row_square(self._rows(v)), FLOOR)
+
+    def _rows(self, v: Tensor) -> Tensor:
+        """`v` with the axis in front."""
+        return v if self.axis == "out" else v.transpose(0, 1)
 
     def _gain(self, magnitude: Tensor, norm: Tensor) -> Tensor:
         """m / |V| as a vector; one where the magnitude is zero."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nerine.algorithms.base import Design, Params, Sandwich
@@ -53,6 +54,7 @@ class Full(Sandwich):
     def shift(self, p: Params) -> Tensor | None:
         return p.tensors.get("diff_b")
 
+    @torch.no_grad()
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
         diff = wide(target) - wide(weight)
         shift = {"diff_b": diff.new_zeros((site.shape[0],))} if self.bias and site.has_bias else {}

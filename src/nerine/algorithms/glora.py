@@ -17,6 +17,7 @@ from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scal
 from nerine.axes import Layout, Shape, Spec
 from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import over_wide, replay
+from nerine.ops.reduced_rank import beside_the_weight
 from nerine.ops.row_norm import low_rank_row_square, norm_from_square
 from nerine.site import Site
 
@@ -114,6 +115,14 @@ class GLoRA(Sandwich):
         first, b1 = self._ups(p, weight)
         down = torch.cat([p.tensors["a2"], p.tensors["b2"]])
         return norm_from_square(low_rank_row_square(weight, torch.cat([first, b1], 1), down), FLOOR)
+
+    def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
+        """Both parts in turns; never worse than a LoRA of the same rank."""
+        design = self.design(site)
+        weight = wide(weight)
+        found = beside_the_weight(weight, (wide(target) - weight) / design.scale, self.rank)
+        shapes = design.shapes
+        return Params({name: t.reshape(shapes[name]) for name, t in found._asdict().items()}, design.scale)
 
     def cost(self, site: Site, design: Design) -> int:
         if site.kind == "embedding":

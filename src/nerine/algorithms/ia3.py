@@ -73,11 +73,12 @@ class IA3(Sandwich):
     def cost(self, site: Site, design: Design) -> int:
         return site.dense if "w_in" in design.layout.specs else site.shape[0]
 
+    @torch.no_grad()
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
         keep = 1 if self.on_input else 0
         rest = [i for i in range(weight.dim()) if i != keep]
-        weight, target = wide(weight), wide(target)
-        ratio = (weight * target).sum(rest) / weight.square().sum(rest).clamp_min(1e-30)
-        design = self.design(site)
-        ((name, shape),) = design.shapes.items()
-        return Params({name: (ratio - 1).reshape(shape)})
+        weight = wide(weight)
+        change, square = wide(target) - weight, weight.square().sum(rest)
+        w = torch.where(square > 0, (weight * change).sum(rest) / square, 0.0)  # nothing scales a row of zeros
+        ((name, shape),) = self.design(site).shapes.items()
+        return Params({name: w.reshape(shape)})

@@ -14,6 +14,8 @@ from torch import Tensor
 from nerine.algorithms.base import Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Spec
+from nerine.errors import OptionError
+from nerine.ops.hadamard_fit import nearest_hadamard
 from nerine.ops.khatri_rao import paired_columns, paired_rows
 from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import contract
@@ -113,6 +115,15 @@ class LoHa(Sandwich):
 
         h = contract(site.narrow(rank), call.x, down, [t["w1_b"], t["w2_b"]], lambda x, *_: site.prepared(x))
         return contract(site.widen(rank), h, up, [t["w1_a"], t["w2_a"]], lambda h, *_: h, into=into)
+
+    @torch.no_grad()
+    def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
+        """Near to the best, by least squares in turns; never worse than a LoRA of the same rank."""
+        design = self.design(site)
+        if "t1" in design.shapes:
+            raise OptionError("LoHa: a Tucker core is not fitted; leave tucker out")
+        found = nearest_hadamard((wide(target) - wide(weight)).flatten(1) / design.scale, self.rank)
+        return Params(dict(zip(design.shapes, found, strict=True)), design.scale)
 
     def cost(self, site: Site, design: Design) -> int:
         if "t1" in design.layout.specs:

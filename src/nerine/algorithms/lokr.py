@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
-from nerine.algorithms.low_rank import best_low_rank
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Sizes, Spec
 from nerine.errors import OptionError
-from nerine.ops.kron import add_kron, factorize, kron, kron_row_square, mix_channels, nearest_kron
+from nerine.ops.kron import add_kron, factorize, kron, kron_row_square, mix_channels
+from nerine.ops.kron_fit import low_rank_kron
 from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import contract
 from nerine.ops.row_norm import norm_from_square
@@ -162,20 +162,17 @@ class LoKr(Sandwich):
         return y.unflatten(0, (-1, w1.shape[0])).flatten(1, 2) if batched else y.flatten(0, 1)
 
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
-        """The nearest Kronecker product; low-rank factors are cut down from its own, and there is no Tucker form."""
+        """The nearest Kronecker product; where a factor is of low rank, the two are fitted in turns."""
         design = self.design(site)
         shapes, sizes = design.shapes, design.sizes
         if "t2" in shapes:
             raise OptionError("LoKr: a Tucker core is not fitted; leave tucker out")
         change = (wide(target) - wide(weight)) / design.scale
-        w1, w2 = nearest_kron(change, (sizes["a"], sizes["c"]), site.kernel)
-        found = {}
-        for name, factor in (("w1", w1), ("w2", w2)):
-            if name in shapes:
-                found[name] = factor
-            else:
-                found[f"{name}_a"], found[f"{name}_b"] = best_low_rank(factor.flatten(1), self.rank)
-        return Params(found, design.scale)
+        rank_1, rank_2 = (None if name in shapes else self.rank for name in ("w1", "w2"))
+        first, second = low_rank_kron(change, (sizes["a"], sizes["c"]), (rank_1, rank_2))
+        names = [name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b") if name in shapes]
+        pairs = zip(names, (*first, *second), strict=True)
+        return Params({name: t.reshape(shapes[name]) for name, t in pairs}, design.scale)
 
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
         w1, w2 = self._w1(p) * p.scale, self._w2(p, tuple(weight.shape[2:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nerine.algorithms.base import Design, Params, Sandwich
@@ -49,6 +50,7 @@ class Norm(Sandwich):
     def shift(self, p: Params) -> Tensor | None:
         return p.tensors.get("diff_b")
 
+    @torch.no_grad()
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
         diff = wide(target) - wide(weight)
         return Params({"diff": diff, **({"diff_b": diff.new_zeros(diff.shape)} if self.bias and site.has_bias else {})})

@@ -56,6 +56,7 @@ class OFTv2(Sandwich):
 
     name = "oft-v2"
     source = "Qiu et al., arXiv:2506.19847"
+    instead = ", for its rotations are a series; extract as DiagOFT, which turns the outputs, or as LoRA instead"
     pieces = frozenset({"pre"})
     keeps_mean = False
     block_size: int = 32

@@ -48,6 +48,7 @@ class TLoRA(LowRank):
 
     name = "tlora"
     source = "Soboleva et al., arXiv:2507.05964"
+    instead = ", which says nothing of the timesteps that its ranks belong to; extract as LoRA instead"
     rank: int = 16
     alpha: float | None = None
     min_rank: int = 1

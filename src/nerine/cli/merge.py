@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -59,40 +60,19 @@ def merge(
     from nerine.tools.merge import unmerge as take_out
 
     told = [split_strength(text) for text in adapters]
+    options: dict[str, Any] = {"component": component, "device": device, "allow_pickle": allow_pickle}
+    options |= {"force": force, "dry_run": dry_run}
     if unmerge and (dtype or stochastic or verify or strict):
         raise OptionError("--unmerge goes without --dtype, --stochastic, --verify and --strict: it gives back what was")
     if original is not None and not unmerge:
         raise OptionError("--original goes with --unmerge")
+    if not unmerge:
+        options |= {"dtype": dtype_of(dtype), "seed": seed if stochastic else None, "verify": verify, "strict": strict}
     with bar("unmerging" if unmerge else "merging") as progress:
         if unmerge:
-            report = take_out(
-                base,
-                told,
-                out,
-                original=original,
-                component=component,
-                device=device,
-                allow_pickle=allow_pickle,
-                force=force,
-                dry_run=dry_run,
-                progress=progress,
-            )
+            report = take_out(base, told, out, original=original, **options, progress=progress)
         else:
-            report = merge_in(
-                base,
-                told,
-                out,
-                dtype=dtype_of(dtype),
-                seed=seed if stochastic else None,
-                verify=verify,
-                strict=strict,
-                component=component,
-                device=device,
-                allow_pickle=allow_pickle,
-                force=force,
-                dry_run=dry_run,
-                progress=progress,
-            )
+            report = merge_in(base, told, out, **options, progress=progress)
     show(report, as_json)
     if report.verified is not None and not report.verified.holds:
         raise typer.Exit(DEVIATES)

@@ -95,7 +95,8 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     try:
         yield report
     finally:
-        progress.stop()
+        if shown:
+            progress.stop()
 
 
 def dtype_of(text: str | None) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""The weights of a whole model on disk: one file, a file in pieces with an index, or a folder of the parts of a pipeline.
+"""The weights of a whole model on disk: one file, a file in pieces with an index, or a folder with parts of a pipeline.
 
 Every tensor has one name here, whatever file it is in: that of its file, led by its folder where a pipeline has a
 folder for each of its parts ("unet.conv_in.weight"). `layer_name` says which part of a pipeline the name of a tensor
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,9 +36,11 @@ LEADS = {  # what stands before the names of a part in files that hold a whole p
     "text_encoders.t5xxl.transformer.": "text_encoder_3.",
     "first_stage_model.": "vae.",
 }
-PIPELINE, INDEX, ADAPTER = "model_index.json", ".safetensors.index.json", "adapter_config.json"
+PIPELINE, ADAPTER = "model_index.json", "adapter_config.json"
+INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")  # with the name of a variant, such as "fp16", in it
 LARGEST_INDEX = 256 * 2**20  # bytes
 WEIGHTS = (".safetensors", *sorted(SUFFIXES))
+_OF_ADAPTERS = re.compile(r"(lora_(down|up|A|B|mid)(\.\w+)?(\.weight)?|hada_w[12]_[ab]|lokr_w[12](_[ab])?|dora_scale)$")
 
 
 def layer_name(key: str) -> str:
@@ -71,6 +74,12 @@ class ModelFile:
     @property
     def is_folder(self) -> bool:
         return self.path.is_dir()
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of a pipeline that it holds, as `layer_name` calls them; none where it is one model alone."""
+        folders = {piece.place.partition("/")[0] for piece in self.pieces if "/" in piece.place}
+        return frozenset(folders or {layer_name(key).partition(".")[0] for key in self.keys if layer_name(key) != key})
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -117,10 +126,12 @@ def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> I
     """Open a checkpoint: a file, the index of a file in pieces, or a folder of diffusers or transformers.
 
     Raises:
-        FormatError: nothing of the kind is there, a piece that an index names is missing, a file is damaged, or it is
-            a pickle and those are not allowed.
+        FormatError: nothing of the kind is there, a piece that an index names is missing, a file is damaged, it is a
+            pickle and those are not allowed, or it is an adapter.
     """
     place = Path(path)
+    if place.suffix.lower() == ".gguf":
+        raise FormatError(f"{place}: GGUF is not read; give the .safetensors that it was made from")
     with ExitStack() as stack:
 
         def opened(file: Path, lead: str = "", wanted: frozenset[str] | None = None) -> Piece:
@@ -138,7 +149,7 @@ def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> I
             pieces = [opened(*one) for one in _files_of(place)]
             weights = {piece.place for piece in pieces}
             others = tuple(sorted(name for name in _all_files(place) if name not in weights))
-        elif place.name.endswith(INDEX):
+        elif INDEX.search(place.name):
             pieces, others = [opened(file, "", keys) for file, keys in _indexed(place)], ()
         else:
             pieces, others = [opened(place)], ()
@@ -147,12 +158,22 @@ def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> I
 
 
 def _check_names(place: Path, pieces: list[Piece]) -> None:
+    """Refuse two tensors of one name, and what is no model."""
     seen: dict[str, str] = {}
     for piece in pieces:
-        for name in piece.keys:
+        for key in piece.keys:
+            name = layer_name(key)
             if name in seen:
                 raise FormatError(f"{place}: {shown(name)} is in {seen[name]} and in {piece.place}; remove one of them")
             seen[name] = piece.place
+    tensors = [key for piece in pieces for key in piece.keys]
+    adapters = [key for key in tensors if _OF_ADAPTERS.search(key)]
+    if not tensors:
+        raise FormatError(f"{place}: expected a model, found a file without tensors")
+    if 2 * len(adapters) >= len(tensors):
+        raise FormatError(
+            f"{place}: expected a model, found an adapter (it has {shown(adapters[0])}); give the model that it is for"
+        )
 
 
 def _all_files(folder: Path) -> Iterator[str]:
@@ -182,7 +203,7 @@ def _files_of(folder: Path) -> Iterator[tuple[Path, str, frozenset[str] | None]]
 
 def _weights_in(folder: Path) -> Iterator[tuple[Path, frozenset[str] | None]]:
     """The weights of one model in a folder: those that an index names, or the one file that is there."""
-    indexes = sorted(p for p in folder.iterdir() if p.name.endswith(INDEX))
+    indexes = sorted(p for p in folder.iterdir() if INDEX.search(p.name))
     names = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(WEIGHTS))
     safe = [p for p in names if p.suffix == ".safetensors"] or names
     chosen = _without_variant(indexes)
@@ -199,7 +220,7 @@ def _weights_in(folder: Path) -> Iterator[tuple[Path, frozenset[str] | None]]:
 
 def _without_variant(files: list[Path]) -> Path | None:
     """The only file, or the one without a variant such as "fp16" in its name."""
-    plain = [p for p in files if p.name.removesuffix(INDEX).removesuffix(p.suffix).count(".") == 0]
+    plain = [p for p in files if p.name.removesuffix(".safetensors.index.json").removesuffix(p.suffix).count(".") == 0]
     return files[0] if len(files) == 1 else plain[0] if len(plain) == 1 else None
 
 
@@ -209,18 +230,26 @@ def _indexed(index: Path) -> Iterator[tuple[Path, frozenset[str]]]:
         raise FormatError(f"{index}: expected the index of a model, found nothing there")
     if index.stat().st_size > LARGEST_INDEX:
         raise FormatError(f"{index}: {index.stat().st_size:,} bytes, more than any index has")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str]] = {}
-        for key, name in weight_map.items():
-            files.setdefault(name, set()).add(key)
-    except (ValueError, RecursionError, OSError, LookupError, TypeError, AttributeError) as error:
-        raise FormatError(f"{index}: not readable as an index of safetensors files ({shown(error)})") from None
-    for name, keys in sorted(files.items()):
+    files: dict[str, set[str]] = {}
+    for key, name in _weight_map(index).items():
         if not isinstance(name, str) or Path(name).name != name:
             raise FormatError(f"{index}: expected the name of a file beside it, found {shown(name)}")
+        files.setdefault(name, set()).add(key)
+    for name, keys in sorted(files.items()):
         if not (index.parent / name).is_file():
             raise FormatError(
                 f"{index}: it names {len(files)} files, and {name} is not there; download the model again"
             )
         yield index.parent / name, frozenset(keys)
+
+
+def _weight_map(index: Path) -> Mapping[str, object]:
+    """{tensor: the file that it is in}, as an index tells."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise FormatError(f"{index}: not readable as an index of safetensors files ({shown(error)})") from None
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise FormatError(f"{index}: expected weight_map with the file of every tensor, found none; download it again")
+    return found

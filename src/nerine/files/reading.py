@@ -85,6 +85,7 @@ class _Job:
     used: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     flat: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)  # of the layers read, as the file has them
 
     # -- for a model ---------------------------------------------------------------------------------------------
     def read_for(self, index: Index, sites: Mapping[str, Site], component: str | None) -> None:
@@ -164,6 +165,7 @@ class _Job:
         layer, row = recognise_any(told, _whole_site(match, sites), pieces, self.known)
         layer = self.dialect.settle(layer, stem, self.source)
         self.used.update(dict.fromkeys(_keys(pieces), told.path))
+        self.names |= {match.name, f"{match.places[0].path.partition('.')[0]}.{match.name}"}
         for path, spans in _gathered(match.places, sites).items():
             self._put(path, layer if spans is None else _taken(layer, spans, f"{self.source.path}: {shown(stem.text)}"))
             self.rows.append(replace(row, layer=path))
@@ -196,7 +198,7 @@ class _Job:
         told, own = list(self.meta.layers), set(own)
         if 2 * sum(path in own for path in told) < len(told):
             return ()
-        here = {flatten(path) for path in [*self.layers, *self.used.values()]}
+        here = {flatten(path) for path in [*self.layers, *self.used.values(), *self.names]}
         return tuple(path for path in told if flatten(path) not in here)
 
     def _nothing(self, index: Index) -> str:

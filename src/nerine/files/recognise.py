@@ -58,6 +58,8 @@ def recognise(told: Told, site: Site | None, pieces: Mapping[str, Piece], known:
         algorithm = DoRA(algorithm, axis=axis)
         lead = pieces[MAGNITUDE].shape[:1] if site is not None and site.experts else ()
         shape = (*lead, *_magnitude_shape(axis, sizes))
+        if site is None and bare[: len(shape)] == shape and set(bare[len(shape) :]) <= {1}:
+            shape = bare  # a kernel that nothing else shows
         whole = pieces[MAGNITUDE].changed(lambda t: t.reshape(shape), shape)
         chosen = {"magnitude": whole, **chosen}
         layout = algorithm.layout_of(chosen)
@@ -99,7 +101,7 @@ def _site_of(sizes: Mapping[str, int], told: Told, is_norm: bool) -> Site:
     """The layer that the tensors themselves tell: its outputs and inputs, and its kernel where they show one."""
     kernel = kernel_of(sizes)
     out = sizes.get("out", 1)
-    inputs = sizes.get("in", sizes.get("flat", 1))
+    inputs = sizes.get("in", sizes.get("c", 1) * sizes.get("flat", 1))  # of a LoKr, flat is that of one factor
     if out * inputs * math.prod(kernel) > LARGEST:
         raise ShapeError(
             f"{told.path}: the tensors stand for a weight of {out:,} x {inputs:,}{''.join(f' x {k}' for k in kernel)} "
@@ -170,6 +172,8 @@ def _fits(layout: Layout, site: Site | None, pieces: Mapping[str, Piece], path: 
 def _no_such_set(told: Told, own: set[str], known: Known) -> str:
     algorithm, layout = max(known.layouts, key=lambda pair: (len(pair[1].keys & own), -len(pair[1].keys)))
     lacking, extra = sorted(layout.keys - own), sorted(own - layout.keys)
+    if own and own <= {"weight", "bias"}:
+        return f"{told.file}: {told.path} has {' and '.join(sorted(own))} alone: expected an adapter, found a model"
     return (
         f"{told.file}: {told.path} has {', '.join(sorted(own)) or 'no tensors'}, which is no complete adapter; "
         f"the closest is {algorithm.name}, {'which also has ' + ', '.join(lacking) if lacking else ''}"

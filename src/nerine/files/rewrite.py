@@ -65,7 +65,7 @@ def rewrite(
             size += _write_piece(piece, folder / piece.place, change, dtype, metadata or {}, done)
         for name in others:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name.endswith(INDEX) and dtype is not None:
+            if INDEX.search(name) and dtype is not None:
                 _write_index(root / name, folder / name, model, dtype)
             else:
                 _copy(root / name, folder / name)

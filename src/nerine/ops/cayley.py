@@ -45,9 +45,10 @@ def cayley(q: Tensor) -> Tensor:
 
 
 def inverse_cayley(r: Tensor) -> Tensor:
-    """Q of orthogonal `r` `[..., s, s]`: (R - I)·(R + I)⁻¹; there is none where R turns something by half a circle."""
+    """Q of orthogonal `r` `[..., s, s]`: (R - I)·(R + I)⁻¹; where R turns something by half a circle there is none, and
+    a block may have entries that are not finite."""
     eye = torch.diag_embed(torch.ones_like(r[..., 0]))
-    q: Tensor = torch.linalg.solve(r + eye, r - eye)
+    q: Tensor = torch.linalg.solve_ex(r + eye, r - eye)[0]
     return q
 
 

@@ -10,11 +10,12 @@ import math
 import torch
 from torch import Tensor
 
+from nerine.ops.low_rank_fit import leading
 from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import over_wide, replay
 from nerine.ops.row_norm import row_square
 
-__all__ = ["add_kron", "factorize", "kron", "kron_row_square", "mix_channels", "nearest_kron"]
+__all__ = ["add_kron", "factorize", "kron", "kron_row_square", "kron_rows", "mix_channels", "nearest_kron"]
 
 
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
@@ -49,19 +50,24 @@ def add_kron(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return torch.addcmul(blocks, w1.reshape(a, 1, c, 1, *ones), w2.reshape(1, b, 1, d, *kernel)).reshape(weight.shape)
 
 
-@torch.no_grad()
-def nearest_kron(matrix: Tensor, shape: tuple[int, int], kernel: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """w1 of `shape` `[a, c]` and w2 `[b, d, *k]` whose Kronecker product is nearest to `matrix` `[a·b, c·d, *k]`.
+def kron_rows(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The entries of `matrix` `[a·b, c·d, *k]` as `[a·c, b·d·Πk]`, where w1 ⊗ w2 is one column times one row.
 
-    Source: Van Loan and Pitsianis 1993: the entries in another order, where a Kronecker product has rank one.
+    Source: Van Loan and Pitsianis 1993.
     """
     a, c = shape
     blocks = matrix.reshape(a, matrix.shape[0] // a, c, matrix.shape[1] // c, -1)
-    rows = blocks.permute(0, 2, 1, 3, 4).reshape(a * c, -1)
-    with full_precision(matrix):
-        u, s, vh = torch.linalg.svd(rows, full_matrices=False)
-    root = s[0].sqrt()
-    return (root * u[:, 0]).reshape(a, c), (root * vh[0]).reshape(blocks.shape[1], blocks.shape[3], *kernel)
+    return blocks.permute(0, 2, 1, 3, 4).reshape(a * c, -1)
+
+
+@torch.no_grad()
+def nearest_kron(matrix: Tensor, shape: tuple[int, int], kernel: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """w1 of `shape` `[a, c]` and w2 `[b, d, *k]` whose Kronecker product is nearest to `matrix` `[a·b, c·d, *k]`."""
+    a, c = shape
+    found = leading(kron_rows(matrix, shape), 1, tolerance=1e-5)
+    root = found.s[0].sqrt()
+    w2 = (root * found.vh[0]).reshape(matrix.shape[0] // a, matrix.shape[1] // c, *kernel)
+    return (root * found.u[:, 0]).reshape(a, c), w2
 
 
 def mix_channels(x: Tensor, w1: Tensor, channel: int) -> Tensor:

@@ -353,15 +353,26 @@ def check_file(algorithm: Algorithm, place: Place, folder: Path, dtype: torch.dt
         ), where
 
 
-def check_fit(algorithm: Algorithm, place: Place) -> None:
-    """`fit` finds again what the algorithm itself has made of a weight."""
+def check_fit(algorithm: Algorithm, place: Place, share: float = 0.0) -> float:
+    """`fit` finds again what the algorithm itself has made of a weight; where only an iteration finds it, up to a
+    `share` of the change. Returns the share that is left."""
     model, _, adapter = adapted(algorithm, place)
+    where = f"{algorithm} at {place}"
     with torch.no_grad():
         weight = adapter.site.canonical(model[0].weight)  # type: ignore[arg-type]
         target = algorithm.weight(adapter.folded(), weight)
         found = algorithm.fit(adapter.site, weight, target)
-        assert set(found.tensors) <= set(adapter.folded().tensors), f"{algorithm} at {place}"
-        close(algorithm.weight(found, weight), target, f"{algorithm} at {place}: fitted", 1e-9)
+        assert set(found.tensors) <= set(adapter.folded().tensors), where
+        assert {n: t.shape for n, t in found.tensors.items()} == {
+            n: t.shape for n, t in adapter.folded().tensors.items() if n in found.tensors
+        }, where
+        fitted = algorithm.weight(found, weight)
+        left = float((fitted - target).norm() / (target - weight).norm())
+        if share:
+            assert left <= share, f"{where}: {left:.3f} of the change is not found"
+        else:
+            close(fitted, target, f"{where}: fitted", 1e-9)
+    return left
 
 
 # -- copies and machinery --------------------------------------------------------------------------------------------

@@ -1,160 +1,169 @@
-"""`convert`: a file of one dialect as one of another, layer by layer, with or without the model."""
+"""`convert`: an adapter file of one dialect as one of another, and adapters of one algorithm as those of another, layer
+by layer, with or without the base.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from nerine.algorithms import Algorithm
-from nerine.errors import FormatError, OptionError
-from nerine.files.checkpoint import Base, Checkpoint, Layer, Record
-from nerine.files.detect import dialect_named
-from nerine.files.dialects.base import EMBEDDINGS, Dialect
-from nerine.files.folder import open_adapter, write
-from nerine.files.meta import write_meta
-from nerine.files.reading import read_checkpoint
+from nerine.errors import OptionError, shown
+from nerine.files.checkpoint import Layer
 from nerine.files.reports import LoadReport, SaveReport
-from nerine.files.resolve import component_of
-from nerine.files.store import Outgoing
-from nerine.files.writing import lay_out
-from nerine.model.mount import Spot, bias_at, weight_at
-from nerine.model.targets import every_spot, spot_at
-from nerine.version import __version__
+from nerine.tables import table
+from nerine.tools.adapter_file import Form, Given, given, laid, output_dialect, written
+from nerine.tools.exact import brought, kept_dtype
+from nerine.tools.output import check_output
+from nerine.tools.progress import Progress, silent
+from nerine.tools.recast import RecastRow, Wanted, recast, totals, wanted
+from nerine.tools.shelf import Shelf, open_shelf
+from nerine.tools.weights import no_base
 
 __all__ = ["ConvertReport", "convert"]
-
-DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What was read, and what was written."""
+    """What was read, what was written, and what became of each layer where the algorithm was to change.
+
+    `worst` is the largest relative error |ΔW' - ΔW| / |ΔW| of a layer and `error` that of all layers together, before
+    numbers are rounded to the format of the file. `rows` is empty where only the dialect changed.
+    """
 
     read: LoadReport
     written: SaveReport
+    rows: tuple[RecastRow, ...] = ()
+    worst: float = 0.0
+    error: float = 0.0
+    dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "read": self.read.to_dict()}
 
     def __str__(self) -> str:
-        skipped = [f"not used: {key}: {why}" for key, why in self.read.unmatched.items()]
-        return "\n".join([f"{self.read.file} ({self.read.dialect}) ->", str(self.written), *skipped, *self.read.notes])
+        skipped = [f"not used: {shown(key)}: {why}" for key, why in self.read.unmatched.items()]
+        lines = [f"{self.read.file} ({self.read.dialect}) ->"]
+        if self.rows:
+            head = ("layer", "was", "rank", "is", "rank ", "how", "error", "note")
+            lines.append(table(head, [_shown(row) for row in self.rows]))
+            counts = {how: sum(row.method == how for row in self.rows) for how in ("exact", "fitted", "kept")}
+            lines.append(
+                f"{', '.join(f'{count} {how}' for how, count in counts.items() if count)}; relative error of the "
+                f"change: {self.error:.2g} in all, {self.worst:.2g} at worst"
+            )
+        lines.append(f"{self.written}{' (dry run: not written)' if self.dry_run else ''}")
+        return "\n".join([*lines, *skipped, *self.read.notes])
+
+
+def _shown(row: RecastRow) -> tuple[object, ...]:
+    ranks = ["" if rank is None else rank for rank in (row.rank_before, row.rank)]
+    error = "" if row.method == "kept" else f"{row.error:.2g}"
+    return (shown(row.layer), row.before, ranks[0], row.after, ranks[1], row.method, error, row.note)
 
 
 def convert(
     file: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    dialect: str,
+    dialect: str | None = None,
+    to: str | None = None,
+    rank: int | None = None,
+    tol: float | None = None,
+    dora: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     source_dialect: str | None = None,
-    model: nn.Module | None = None,
     component: str | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     hashes: bool = False,
     allow_pickle: bool = False,
     algorithms: Sequence[type[Algorithm]] = (),
+    device: str | torch.device = "cpu",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
 ) -> ConvertReport:
-    """Write the adapters of `file` to `target` in another dialect, a layer at a time and each exactly or not at all.
+    """Write the adapters of `file` to `target` in another dialect, as another algorithm, or both; a layer at a time.
 
-    Names that have lost their dots are taken apart by the words that models are made of; `model` (any device, "meta"
-    included) settles those that cannot be, and its weights those dialects whose numbers depend on them. `dtype` casts
-    the tensors (None: as they are). Other metadata of the file is kept. `target` may be `file` itself.
+    Between dialects each layer is written exactly or not at all. `to` is an algorithm ("lora", "lokr", "full", ...):
+    what is a low-rank product becomes one exactly (LoHa of rank r a LoRA of r², LoKr, Tucker, T-LoRA, GLoRA), and any
+    adapter a full difference; otherwise the other algorithm is fitted, of a `rank`, or for LoRA of the least rank that
+    keeps the relative error `tol` of the change. `settings` are more of its settings. DoRA stays around what can be in
+    it, with its magnitudes; `dora=False` multiplies it in. Normalisation layers stay as they are.
+
+    `base` is the checkpoint or the model (any device, "meta" included where no numbers are needed) that the adapters
+    are for: it settles names that have lost their dots, and gives the weights on which some adapters and dialects
+    depend. `dtype` casts the tensors (None: as they are). Other metadata of the file is kept.
 
     Raises:
         FormatError: the file cannot be read, the dialect cannot hold a layer exactly, a name cannot be taken apart, or
-            weights are needed and there is no `model`.
-        OptionError: an unknown dialect or dtype.
+            a weight is needed and there is no `base`.
+        OptionError: an unknown dialect, algorithm, setting or dtype, a layer that can only be fitted while neither
+            `rank` nor `tol` is given, or a target that exists and `force` is not set.
     """
-    chosen = dialect_named(dialect)
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype must be torch.float32, float16, bfloat16 or None, got {dtype!r}")
-    spots = {} if model is None else every_spot(model)
-    sites = None if model is None else {path: spot.site for path, spot in spots.items()}
-    with open_adapter(file, allow_pickle=allow_pickle) as source:
-        read = read_checkpoint(source, sites, dialect=source_dialect, component=component, others=algorithms)
-        if model is None:
-            layers, component = _alone(read, chosen, component)
-        else:
-            layers = {path: _beside(layer, spot_at(spots, path)) for path, layer in read.layers.items()}
-        written = lay_out(layers, chosen, sites=sites, dtype=dtype, component=component)
-        told = {path: layer.algorithm for path, layer in layers.items() if path in read.meta.layers}
-        kept = {key: value for key, value in read.meta.other.items() if key not in ("format", "lora_adapter_metadata")}
-        meta = write_meta(told, __version__, {**written.header, **kept, **(metadata or {})}, chosen.name)
-        tensors = [*written.tensors, *_embeddings(read, chosen)]
-        size = write(target, chosen, tensors, meta, written.config, hashes)
-    saved = SaveReport(os.fspath(target), chosen.name, len(layers), len(tensors), size)
-    return ConvertReport(read.report, saved)
+    want = _wanted(dialect, to, rank, tol, dora, settings)
+    inputs = [file, *([base] if isinstance(base, str | os.PathLike) else [])]
+    place = check_output(target, inputs, force)
+    options = {"dialect": source_dialect, "component": component, "allow_pickle": allow_pickle}
+    with (
+        given(file, base, algorithms=algorithms, **options) as found,  # type: ignore[arg-type]
+        open_shelf(None if dry_run or want is None else place) as shelf,
+    ):
+        chosen = output_dialect(dialect, found.read)
+        form = Form(chosen, dtype, component, dict(metadata or {}), hashes, "algorithms" if want else "")
+        layers: Mapping[str, Layer] = found.read.layers
+        rows: list[RecastRow] = []
+        if want is not None:
+            layers, rows = _recast(found, want, shelf, dtype, device, progress)
+        out = laid(layers, found.read, form, found.sites)
+        saved = written(place, out, dry_run=dry_run, progress=silent if want else progress)
+    worst, error = totals(rows)
+    return ConvertReport(found.read.report, saved, tuple(rows), worst, error, dry_run)
 
 
-def _embeddings(read: Checkpoint, chosen: Dialect) -> list[Outgoing]:
-    """The textual inversions that the file carries, as they are; a folder has no room for them."""
-    if read.embeddings and chosen.folder:
-        raise FormatError(
-            f"{read.report.file}: it carries embeddings, for which the {chosen.name} dialect has no place"
-        )
-    return [
-        Outgoing(f"{EMBEDDINGS}{word}.{name}", piece.shape, piece.dtype, piece.read)
-        for word, own in read.embeddings.items()
-        for name, piece in own.items()
-    ]
+def _wanted(
+    dialect: str | None,
+    to: str | None,
+    rank: int | None,
+    tol: float | None,
+    dora: bool,
+    settings: Mapping[str, Any] | None,
+) -> Wanted | None:
+    if to is not None:
+        return wanted(to, rank, tol, dora, settings)
+    if rank is not None or tol is not None or settings or not dora:
+        raise OptionError("a rank, tol, settings and dora=False are about another algorithm; say which with `to`")
+    if dialect is None:
+        raise OptionError("nothing to convert to: give a dialect, an algorithm (`to`), or both")
+    return None
 
 
-def _alone(read: Checkpoint, chosen: Dialect, component: str | None) -> tuple[dict[str, Layer], str | None]:
-    """Layers without a model; where all are of one part of a pipeline, without its name before theirs."""
-    waiting = [path for path, layer in read.layers.items() if layer.finish is not None]
-    if waiting and chosen.name != read.report.dialect:
-        raise FormatError(
-            f"{read.report.file}: {len(waiting)} layers (first {waiting[0]}) can be read only beside the weights that "
-            "they are for: give the model"
-        )
-    if read.flat and not chosen.flat:
-        raise FormatError(
-            f"{read.report.file}: {len(read.flat)} names (first {read.flat[0]}) cannot be taken apart without the "
-            f"model, and the {chosen.name} dialect has dots in its names: give the model"
-        )
-    tops = {path.split(".", 1)[0] if "." in path else "" for path in read.layers}
-    parts = {component_of(top) for top in tops}
-    if len(parts) == 1 and "" not in parts:
-        (part,) = parts
-        return {path.split(".", 1)[1]: layer for path, layer in read.layers.items()}, component or part
-    return dict(read.layers), component
-
-
-def _beside(layer: Layer, spot: Spot) -> Layer:
-    """A layer with the weight of the model beside it."""
-
-    def weight() -> torch.Tensor:
-        found = weight_at(spot.holder, spot).detach()
-        if found.is_meta:
-            raise FormatError(f"{spot.path}: its weight is needed, and the model has none (it is on meta)")
-        return found.cpu()
-
-    def bias() -> torch.Tensor | None:
-        found = bias_at(spot.holder, spot)
-        return None if found is None else found.detach().cpu()
-
-    layer = replace(layer, base=Base(weight, bias))
-    finish = layer.finish
-    if finish is None:
-        return layer
-    raw = layer
-
-    def finished() -> Record:
-        return finish(raw.record(), weight(), bias())
-
-    found = finished()  # what it becomes is known only beside the weight
-    return replace(
-        raw,
-        algorithm=found.algorithm,
-        shapes={name: tuple(t.shape) for name, t in found.params.tensors.items()},
-        dtypes={name: t.dtype for name, t in found.params.tensors.items()},
-        scale=found.params.scale,
-        load=lambda: finished().params,
-        finish=None,
-    )
+def _recast(
+    found: Given,
+    want: Wanted,
+    shelf: Shelf,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    progress: Progress,
+) -> tuple[dict[str, Layer], list[RecastRow]]:
+    layers: dict[str, Layer] = {}
+    rows = []
+    for number, (path, layer) in enumerate(found.read.layers.items()):
+        progress(number, len(found.read.layers), path)
+        record, row = recast(path, brought(layer, path, device), layer.base, want)
+        rows.append(row)
+        if row.method == "kept":
+            layers[path] = layer
+            continue
+        if layer.finish is not None:
+            raise no_base(path, "what it is in full")
+        layers[path] = shelf.layer(path, record, kept_dtype(layer, dtype), layer.base)
+    progress(len(rows), len(rows), "")
+    return layers, rows

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nerine.algorithms import Algorithm, DoRA, TLoRA
-from nerine.errors import FormatError
+from nerine.errors import FormatError, UnsupportedBase, shown
 from nerine.files.checkpoint import Base, Checkpoint, Layer, Record
 from nerine.files.model_file import ModelFile, layer_name, open_model
 from nerine.files.reading import read_checkpoint
@@ -23,9 +23,11 @@ from nerine.files.rows import rows_in
 from nerine.files.store import Source
 from nerine.model.layer import bias_name
 from nerine.model.mount import Spot
-from nerine.model.skeleton import skeleton
+from nerine.model.skeleton import SCALES, is_packed, skeleton
+from nerine.model.storage import storage_of
 from nerine.model.targets import every_spot, spot_at
 from nerine.ops.precision import wide
+from nerine.parts import PARTS
 from nerine.site import Site
 
 __all__ = ["Weights", "beside", "open_weights", "read_adapter"]
@@ -38,8 +40,15 @@ class Weights:
         self.file = file
         self._keys = {layer_name(key): key for key in file.keys}
         tensors = {name: (file.shape(key), file.dtype(key)) for name, key in self._keys.items()}
-        self.model: nn.Module = skeleton(tensors)
+        self.model: nn.Module = skeleton(tensors, file.parts & PARTS.keys())
         self._spots = every_spot(self.model)
+        self._packed = {name: dtype for name, (_, dtype) in tensors.items() if is_packed(name, dtype)}
+
+    @property
+    def packed(self) -> dict[str, torch.dtype]:
+        """The layers whose weights are stored in a form that is not read here, and that are left out: by path, the
+        number format of what is stored."""
+        return {name.rpartition(".")[0]: dtype for name, dtype in self._packed.items()}
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -55,8 +64,38 @@ class Weights:
         return spot_at(self._spots, path)
 
     def key(self, path: str) -> str:
-        """The name of a layer's weight in the file."""
-        return self._keys[_weight_name(self.spot(path))]
+        """The name of a layer's weight in the file, for whoever writes there as well.
+
+        Raises:
+            UnsupportedBase: a scale beside it says what its numbers mean, so that no others can take their place.
+        """
+        spot = self.spot(path)
+        scale = self._scale_key(spot)
+        if scale is not None:
+            raise UnsupportedBase(
+                f"{path}: its weight is stored in eight bits with a scale in {shown(scale)}, and nothing is written "
+                "over such; take the weights that it was made from, or keep the adapter beside it"
+            )
+        return self._keys[_weight_name(spot)]
+
+    def _scale_key(self, spot: Spot) -> str | None:
+        """The name of the scale of a weight of eight bits, where there is one."""
+        name = _weight_name(spot)
+        if self.file.dtype(self._keys[name]).itemsize > 1:
+            return None
+        lead = name[: -len(spot.attr)]
+        return next((self._keys[lead + scale] for scale in SCALES if lead + scale in self._keys), None)
+
+    def _stored(self, spot: Spot) -> Tensor:
+        """A weight in the layout of its module, in fp32 where a scale tells what its numbers mean."""
+        stored = self.file.read(self._keys[_weight_name(spot)])
+        scale = self._scale_key(spot)
+        if scale is None:
+            return stored
+        holder = nn.Module()
+        holder.register_buffer(scale.rpartition(".")[2], self.file.read(scale))
+        storage = storage_of(holder, stored)
+        return stored if storage is None else storage.read(holder, stored)
 
     def bias_key(self, path: str) -> str | None:
         """The name of its bias in the file; None where it has none."""
@@ -65,9 +104,10 @@ class Weights:
         return self._keys.get(holder + bias_name(spot.attr))
 
     def weight(self, path: str) -> Tensor:
-        """The weight `[out, in, *k]` of a layer, or of some rows of it, in the number format of the file."""
+        """The weight `[out, in, *k]` of a layer, or of some rows of it, in the number format of the file (fp32 where it
+        is stored in eight bits with a scale)."""
         spot = self.spot(path)
-        found = spot.site.canonical(self.file.read(self.key(path)))
+        found = spot.site.canonical(self._stored(spot))
         return found if spot.rows is None else found[spot.rows[0] : spot.rows[1]]
 
     def bias(self, path: str) -> Tensor | None:
@@ -86,7 +126,8 @@ class Weights:
 def _weight_name(spot: Spot) -> str:
     """The name of a weight in its model: the path of a layer lacks the last word, that of a parameter has it."""
     path = spot.path if spot.rows is None else spot.path.rpartition("[")[0]
-    return path if path.rpartition(".")[2] == spot.attr else f"{path}.{spot.attr}" if path else spot.attr
+    is_parameter = spot.caller is not None and path.rpartition(".")[2] == spot.attr
+    return path if is_parameter else f"{path}.{spot.attr}" if path else spot.attr
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def _with_bias(record: Record, weight: Tensor, bias: Tensor | None) -> Record:
 def _multiplier(record: Record) -> Tensor:
     """1 + w in PEFT's shape: `[1, in]`, `[out, 1]`, or `[1, channels, 1, 1]` on convolutions."""
     inputs = "w_in" in record.params.tensors
-    flat = record.params.tensors["w_in" if inputs else "w"].reshape(-1) + 1
+    flat = wide(record.params.tensors["w_in" if inputs else "w"]).reshape(-1) + 1  # in half precision w would be lost
     kernel = len(record.site.kernel)
     if kernel:
         return flat.reshape(1, -1, *[1] * kernel)

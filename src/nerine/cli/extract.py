@@ -19,9 +19,7 @@ def extract(
     base: Path = typer.Argument(..., help="The checkpoint before: a file, an index of pieces, or a folder."),
     tuned: Path = typer.Argument(..., help="The checkpoint after; layout and number format may be others."),
     out: Path = OUT,
-    algo: str = typer.Option(
-        "lora", "--algo", help="lora, lokr, loha, full, ia3, diag-oft, ... or auto (with --size)."
-    ),
+    algo: str = typer.Option("lora", "--algo", help="lora, lokr, loha, full, ia3, diag-oft, ..., or auto with --size."),
     rank: int | None = typer.Option(None, min=1, help="The rank of all layers."),
     energy: float | None = typer.Option(None, help="The share of the squared difference that each layer keeps: 0.9."),
     threshold: float | None = typer.Option(None, help="As many ranks as have singular values above this."),
@@ -37,9 +35,7 @@ def extract(
     tucker: bool = typer.Option(False, "--tucker", help="Convolutions as a small core between two matrices."),
     train_norm: bool = typer.Option(False, "--train-norm", help="Norms too, and biases where they alone changed."),
     targets: list[str] = typer.Option([], "--targets", help="A preset or pattern of layers; can be given again."),
-    min_change: float = typer.Option(
-        0.0, help="Leave out layers that changed by no more than this part of their size."
-    ),
+    min_change: float = typer.Option(0.0, help="Leave out layers that changed by no more than this part of them."),
     dialect: str = typer.Option("kohya", help="kohya, lycoris, diffusers, peft, comfy, ..."),
     component: str | None = typer.Option(None, help="The part of a pipeline that it is, where names do not tell."),
     hashes: bool = typer.Option(False, "--hashes", help="Write the hashes by which A1111 knows files."),
@@ -53,23 +49,20 @@ def extract(
 ) -> None:
     """Extract from two checkpoints the adapter that turns BASE into TUNED.
 
-    Say how large it is to be with one of --rank, --energy, --threshold, --ratio, --quantile, --mode or --size. The
-    table says what each layer keeps of its difference. A layer of each at a time is in memory.
+    One of --rank, --energy, --threshold, --ratio, --quantile, --mode and --size says how large it is to be.
 
     Example: [bold]nerine extract sdxl.safetensors mine.safetensors -o mine-20.safetensors --algo auto --size 20MB
     --dtype fp16[/bold]
     """
-    sizes = {
+    sizes: dict[str, Any] = {
         "rank": rank,
         "energy": energy,
         "threshold": threshold,
         "ratio": ratio,
         "quantile": quantile,
-        "size": size,
-        "mode": mode,
     }
-    given = [f"--{name}" for name, value in sizes.items() if value is not None]
-    _check_usage(algo, given, [f"--{name}" for name in sizes], param is not None, settings)
+    sizes |= {"size": size, "mode": mode}
+    _check_usage(algo, sizes, param is not None, settings)
     from nerine.tools.extract import extract as run
 
     options: dict[str, Any] = {**sizes, "size": None if size is None else size_of(size), "param": param}
@@ -80,19 +73,17 @@ def extract(
     options |= {"hashes": hashes, "dtype": dtype_of(dtype), "device": device, "allow_pickle": allow_pickle}
     with bar("extracting") as progress:
         report = run(base, tuned, out, **options, force=force, dry_run=dry_run, progress=progress)
-    if verbose and not as_json:
-        typer.echo(report.verbose())
-    else:
-        show(report, as_json)
+    typer.echo(report.verbose()) if verbose and not as_json else show(report, as_json)
 
 
-def _check_usage(algo: str, given: list[str], sizes: list[str], has_param: bool, settings: list[str]) -> None:
+def _check_usage(algo: str, sizes: dict[str, Any], has_param: bool, settings: list[str]) -> None:
     """Whether one thing says how large the adapter is to be."""
+    given = [f"--{name}" for name, value in sizes.items() if value is not None]
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} each say how large it is to be; give one of them")
     sized = algo in UNSIZED or any(text.startswith(("rank=", "full_matrix=")) for text in settings)
     if not given and not sized:
-        hint = "--size" if algo == "auto" else f"one of {', '.join(sizes)}"
+        hint = "--size" if algo == "auto" else f"one of {', '.join(f'--{name}' for name in sizes)}"
         raise typer.BadParameter(f"say how large the adapter is to be: give {hint}, as in --size 20MB or --rank 32")
     if algo == "auto" and given != ["--size"]:
         raise typer.BadParameter(f"--algo auto weighs algorithms for a size; give --size instead of {given[0]}")

@@ -344,14 +344,15 @@ def test_a_file_that_cannot_be_so_small_is_refused(plain: tuple[Path, Path], tmp
 
 
 # -- algorithms and layers ---------------------------------------------------------------------------------------------
-def test_dora_keeps_the_norms_of_the_rows(plain: tuple[Path, Path], tmp_path: Path) -> None:
+def test_dora_is_nearer_and_nearly_keeps_the_norms_of_the_rows(plain: tuple[Path, Path], tmp_path: Path) -> None:
     base, other = plain
     without = extract(base, other, tmp_path / "a.safetensors", rank=1)
     report = extract(base, other, tmp_path / "b.safetensors", rank=1, dora=True)
     assert {row.algorithm for row in report.rows} == {"DoRA(LoRA(rank=1))"}
     found, want = merged(base, tmp_path / "b.safetensors", tmp_path / "out"), tensors(other)
     for name in (name for name in want if is_layer(name)):
-        torch.testing.assert_close(found[name].flatten(1).norm(dim=1), want[name].flatten(1).norm(dim=1))
+        norms = (t[name].flatten(1).norm(dim=1) for t in (found, want))
+        torch.testing.assert_close(*norms, rtol=0.02, atol=0)  # the magnitudes are nearest to the rows, not to norms
     assert report.error < without.error
 
 

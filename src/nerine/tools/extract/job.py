@@ -7,20 +7,22 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from nerine.algorithms import Algorithm
 from nerine.errors import OptionError
 from nerine.files.detect import dialect_named
+from nerine.files.dialects.base import Dialect
 from nerine.files.folder import write
 from nerine.model.patterns import Match
 from nerine.model.rules import Rule
 from nerine.tools.extract.choice import Choice, choose
 from nerine.tools.extract.fitting import LEAST, Fitter
 from nerine.tools.extract.pairs import pair_up
-from nerine.tools.extract.plan import plan_of
+from nerine.tools.extract.plan import Plan, plan_of
 from nerine.tools.extract.ranks import wanted_of
 from nerine.tools.extract.report import ExtractReport
 from nerine.tools.extract.rest import Rest, look_at
@@ -28,7 +30,7 @@ from nerine.tools.extract.sheet import Sheet
 from nerine.tools.output import check_output
 from nerine.tools.progress import Progress, silent
 from nerine.tools.shelf import open_shelf
-from nerine.tools.weights import open_weights
+from nerine.tools.weights import Weights, open_weights
 
 __all__ = ["extract"]
 
@@ -71,17 +73,12 @@ def extract(
 ) -> ExtractReport:
     """Write to `target` the adapters that turn the checkpoint `base` into `tuned`, as nearly as their form can.
 
-    `algorithm` is a name, an algorithm with settings, rules for single layers, or "auto". How large it is to be says
-    one of: `rank` (`conv_rank` on convolutions of more than one tap); `energy`, the share of the squared difference to
-    keep; LyCORIS's `threshold`, `ratio` and `quantile` (or `mode` and `param`, by which a product no smaller than the
-    difference gives way to that); or `size`, the bytes of the whole file, spent over the layers so that the sum of
-    |W' - tuned|² is least. "auto" spends them over algorithms as well (`algos`: which). `settings` are more of those of
-    the algorithm. `dora` keeps magnitudes apart from directions, `tucker` gives convolutions a core, `train_norm` takes
-    normalisation layers along.
-
-    Layers without a difference, or with |D|/|W| of at most `min_change`, get no adapter. The checkpoints may be laid
-    out and named differently and have other number formats. `dtype` is that of the file (None: that of `tuned`).
-    One layer is in memory at a time; the same input gives the same bytes.
+    `algorithm` is a name (`settings`: more of its own), an algorithm, rules for single layers, or "auto" (`algos`: of
+    which). How large it is to be says one of: `rank` (`conv_rank` for kernels); `energy`, the share of the squared
+    difference to keep; LyCORIS's `threshold`, `ratio`, `quantile`, or `mode` and `param`; or `size`, the bytes of the
+    whole file, spent over layers (and algorithms) so that the sum of |W' - tuned|² is least. `dora` keeps magnitudes
+    apart, `tucker` gives convolutions a core, `train_norm` takes norms along. Layers with |D|/|W| of at most
+    `min_change` get no adapter. `dtype` is that of the file (None: that of `tuned`).
 
     Raises:
         FormatError: a checkpoint cannot be read, they are two different models, a weight is not finite, or the dialect
@@ -89,36 +86,65 @@ def extract(
         OptionError: settings that do not go together, no or two sizes, or a target that exists and `force` is not set.
         TargetError: the targets match no layer.
     """
-    wanted = wanted_of(
-        rank=rank,
-        energy=energy,
-        threshold=threshold,
-        ratio=ratio,
-        quantile=quantile,
-        size=size,
-        mode=mode,
-        param=param,
-        conv_rank=conv_rank,
-    )
+    sizes: dict[str, Any] = {
+        "rank": rank,
+        "energy": energy,
+        "threshold": threshold,
+        "ratio": ratio,
+        "quantile": quantile,
+    }
+    wanted = wanted_of(**sizes, size=size, mode=mode, param=param, conv_rank=conv_rank)
     plan = plan_of(algorithm, wanted, algos, settings or {}, dora, tucker)
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype must be torch.float32, float16, bfloat16 or None, got {dtype!r}")
+    form = _Form(dialect_named(dialect), component, dtype, metadata or {}, hashes)
+    place = check_output(target, [base, tuned], force)
+    with open_weights(base, allow_pickle=allow_pickle) as a, open_weights(tuned, allow_pickle=allow_pickle) as b:
+        return _extracted(a, b, plan, form, place, (targets, train_norm, min_change), dry_run, device, progress)
+
+
+class _Form(NamedTuple):
+    """How the adapters are written."""
+
+    dialect: Dialect
+    component: str | None
+    dtype: torch.dtype | None
+    metadata: Mapping[str, str]
+    hashes: bool
+
+
+def _extracted(
+    base: Weights,
+    tuned: Weights,
+    plan: Plan,
+    form: _Form,
+    place: Path,
+    which: tuple[Match | Sequence[Match], bool, float],
+    dry_run: bool,
+    device: str | torch.device,
+    progress: Progress,
+) -> ExtractReport:
+    """Two open checkpoints as an adapter; `which` are the targets, whether norms go along, and the least change.
+
+    Raises:
+        OptionError: an unknown format, or a change below nothing.
+    """
+    targets, train_norm, min_change = which
+    if form.dtype not in DTYPES:
+        raise OptionError(f"dtype must be torch.float32, float16, bfloat16 or None, got {form.dtype!r}")
     if min_change < 0:
         raise OptionError(f"extract: min_change is |D|/|W|, at least 0, got {min_change!r}")
-    chosen, place = dialect_named(dialect), check_output(target, [base, tuned], force)
-    with open_weights(base, allow_pickle=allow_pickle) as a, open_weights(tuned, allow_pickle=allow_pickle) as b:
-        pairs = pair_up(a, b)
-        pairs.check()
-        choice = choose(pairs, plan, targets, train_norm)
-        told = {"extracted_from": json.dumps({"base": a.file.path.name, "tuned": b.file.path.name}), **(metadata or {})}
-        sheet = Sheet(a, chosen, dtype or _usual_dtype(choice), component, told)
-        with open_shelf(None if dry_run else place) as shelf:
-            fitter = Fitter(choice, plan, sheet, shelf, min_change, device, progress)
-            fitter.run()
-            rest = look_at(pairs, choice)
-            laid = sheet.lay_out(fitter.layers)
-            size_of_file = laid.bytes if dry_run else write(place, chosen, *laid, hashes)
-    return report_of(fitter, rest, str(place), size_of_file, dry_run)
+    pairs = pair_up(base, tuned)
+    pairs.check()
+    choice = choose(pairs, plan, targets, train_norm)
+    names = json.dumps({"base": base.file.path.name, "tuned": tuned.file.path.name})
+    told = {"extracted_from": names, **form.metadata}
+    sheet = Sheet(base, form.dialect, form.dtype or _usual_dtype(choice), form.component, told)
+    with open_shelf(None if dry_run else place) as shelf:
+        fitter = Fitter(choice, plan, sheet, shelf, min_change, device, progress)
+        fitter.run()
+        rest = look_at(pairs, choice)
+        laid = sheet.lay_out(fitter.layers)
+        size = laid.bytes if dry_run else write(place, form.dialect, *laid, form.hashes)
+    return report_of(fitter, rest, str(place), size, dry_run)
 
 
 def _usual_dtype(choice: Choice) -> torch.dtype:

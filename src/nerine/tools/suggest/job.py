@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import torch
 
@@ -65,18 +66,16 @@ def suggest(
     if not 0 <= left_out < 1 or any(own <= 0 for own in [*wanted, size or 1]):
         raise OptionError("suggest: sizes are bytes above 0, and left_out is a share from 0 to 1")
     asked = sorted([*wanted, *([size] if size else [])])
-    changes = changes_of(
-        base,
-        tuned,
-        adapter,
-        targets=targets,
-        component=component,
-        allow_pickle=allow_pickle,
-        device=device,
-        progress=progress,
-    )
-    with changes as (found, _):
+    given: dict[str, Any] = {"targets": targets, "component": component, "allow_pickle": allow_pickle}
+    with changes_of(base, tuned, adapter, **given, device=device, progress=progress) as (found, _):
         scales = Scales(study(found, names, dialect, dtype))
+    return _weighed(scales, names, asked, size, left_out, Where(base, tuned, adapter, dtype, dialect))
+
+
+def _weighed(
+    scales: Scales, names: Sequence[str], asked: Sequence[int], size: int | None, left_out: float, where: Where
+) -> SuggestReport:
+    """What follows from the layers that were looked at."""
     curves = [scales.curve(name, [name], asked) for name in names]
     if len(names) > 1:
         curves.insert(0, scales.curve("auto", names, asked))
@@ -85,12 +84,12 @@ def suggest(
         curves.append(scales.one_for_all("lora, one rank", rows["lora"], asked))
     kinds = shares_by(scales.layers, kind_of)
     quiet = silent_kinds(kinds, left_out)
-    where = Where(base, tuned, adapter, dtype, dialect)
+    base, other = where.base, where.tuned if where.tuned is not None else where.adapter or ""
     advice = advise(scales, rows, curves, asked, size or _enough(curves[0], asked), quiet, where)
     weights = [layer.weight for layer in scales.layers if layer.weight is not None]
     return SuggestReport(
         base="" if base is None else Path(base).name,
-        other=Path(tuned if tuned is not None else adapter or "").name,
+        other=Path(other).name,
         layers=len(scales.layers),
         relative=math.sqrt(scales.total / max(sum(weights), LEAST)) if weights else None,
         directions=_spread([layer.directions for layer in scales.layers]),

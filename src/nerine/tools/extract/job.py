@@ -81,8 +81,7 @@ def extract(
     `min_change` get no adapter. `dtype` is that of the file (None: that of `tuned`).
 
     Raises:
-        FormatError: a checkpoint cannot be read, they are two different models, a weight is not finite, or the dialect
-            cannot hold an adapter.
+        FormatError: a checkpoint cannot be read or is another model, or the dialect cannot hold an adapter.
         OptionError: settings that do not go together, no or two sizes, or a target that exists and `force` is not set.
         TargetError: the targets match no layer.
     """

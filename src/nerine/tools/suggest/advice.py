@@ -17,6 +17,7 @@ from nerine.tools.suggest.weighing import Scales, Uniform, fitting, kind_of
 __all__ = ["Where", "advise"]
 
 BETTER = 0.95  # a choice among algorithms is worth it where its error is below this part of the best single one's
+SLIGHT = 1e-3  # a gain below this part of the change is worth no second algorithm
 FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -50,7 +51,8 @@ def advise(
     singles = {key: error for key, error in spreads.items() if key != "auto"}
     single = min(singles, key=lambda key: singles[key], default=name)
     auto = spreads.get("auto", 1.0)
-    worth = "auto" if auto < BETTER * singles.get(single, 1.0) else single
+    alone = singles.get(single, 1.0)
+    worth = "auto" if auto < min(BETTER * alone, alone - SLIGHT) else single
     error = scales.relative(best.error)
     without = tuple(kind for kind in quiet if _is_pattern(kind, scales))
     return Advice(

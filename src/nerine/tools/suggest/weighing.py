@@ -11,13 +11,15 @@ from statistics import median
 from nerine.algorithms import DiagOFT, LoKr, LoRA
 from nerine.tools.budget import Option, spread
 from nerine.tools.extract.fitting import LEAST
+from nerine.tools.extract.prices import OFFSETS
 from nerine.tools.inspect.places import spot_of
 from nerine.tools.suggest.report import Curve, Share
 from nerine.tools.suggest.study import Layer
 
 __all__ = ["Scales", "Uniform", "shares_by", "silent_kinds", "told"]
 
-HEADER = 2500  # bytes of a header beside what stands there about each layer
+HEADER = 1000  # bytes of a header beside what stands there about each layer
+ENTRIES = 3  # tensors of a layer, as most algorithms have them
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Scales:
         if left <= 0:
             return None
         chosen = spread(every, left)
+        taken = sum(options[i].bytes > 0 for options, i in zip(every, chosen, strict=True))
+        chosen = spread(every, left + ENTRIES * taken * unused_digits(size))
         if not any(options[i].bytes for options, i in zip(every, chosen, strict=True)):
             return None
         return self.relative(sum(options[i].error for options, i in zip(every, chosen, strict=True)))
@@ -94,6 +98,11 @@ class Scales:
         picked = [fitting(rows, size) for size in sizes]
         errors = tuple(None if row is None else self.relative(row.error) for row in picked)
         return Curve(label, errors, tuple("" if row is None else row.text for row in picked))
+
+
+def unused_digits(size: int) -> int:
+    """What the places of a tensor in a file of this size take less than the price of a layer allows for."""
+    return OFFSETS - 2 * len(str(size))
 
 
 def fitting(rows: Sequence[Uniform], size: int) -> Uniform | None:

@@ -95,7 +95,8 @@ def measure(layers: list[tuple[int, ...]], rank: int, seconds: float) -> list[di
         row: dict[str, Any] = {"shape": list(shape), "nerine": timed(lambda: by_nerine(delta, rank), delta)}  # noqa: B023
         for name, fit in PEERS.items():
             flat = delta.flatten(1)
-            if left[name] <= 0 or (name == "lycoris" and max(flat.shape) > LARGEST):
+            too_large = max(flat.shape) > LARGEST or 2 * rank >= len(flat)  # and that is no product in its files
+            if left[name] <= 0 or (name == "lycoris" and too_large):
                 continue
             row[name] = timed(lambda: fit(delta, rank), delta)  # noqa: B023
             left[name] -= row[name].seconds

@@ -19,6 +19,7 @@ from nerine.axes import Layout, Spec
 from nerine.errors import OptionError
 from nerine.ops.precision import full_precision, wide
 from nerine.ops.tucker import tucker_in
+from nerine.ops.tucker_fit import leading_tucker
 from nerine.site import Site
 
 __all__ = ["LoRA"]
@@ -129,9 +130,15 @@ class LoRA(LowRank):
         return Params({**whole, "base_down": base_down, "base_up": first - up[:, rank:]}, p.scale)
 
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
-        if self.tucker and not site.pointwise:
-            raise OptionError("LoRA: a Tucker core is not fitted; leave tucker out")
-        return self.nearest(site, weight, target, self.rank, scale_of(self.rank, self.alpha, self.rs))
+        """The nearest product; with a core the leading directions of outputs and inputs, and what is between them."""
+        scale = scale_of(self.rank, self.alpha, self.rs)
+        if not self.tucker or site.pointwise:
+            return self.nearest(site, weight, target, self.rank, scale)
+        up, core, down = leading_tucker((wide(target) - wide(weight)) / scale, self.rank)
+        ones = [1] * len(site.kernel)
+        return Params(
+            {"down": down.reshape(*down.shape, *ones), "mid": core, "up": up.reshape(*up.shape, *ones)}, scale
+        )
 
 
 def _by_qr(flat: Tensor, rank: int) -> tuple[Tensor, Tensor]:

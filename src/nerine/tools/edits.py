@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from nerine.algorithms import Full, Norm
+from nerine.algorithms import Full, LowRank, Norm
 from nerine.errors import MergeError
 from nerine.files.checkpoint import Layer, Record
 from nerine.files.rows import Span
@@ -22,6 +22,8 @@ from nerine.site import Site
 from nerine.tools.weights import Weights
 
 __all__ = ["Edit", "Share", "edits_of", "strengths_of"]
+
+TILE = 1 << 18  # entries
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,36 @@ class Edit:
                 if found.data_ptr() != part.data_ptr():
                     part.copy_(found)
             return self.site.native(total)
+
+    def in_tiles(self, stored: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The changed tensor in `dtype`, in the memory of `stored` where it fits; None where it needs the whole weight.
+
+        Products of factors are added to a few rows at a time, whose fp32 form never leaves the processor's cache.
+        """
+        if self.is_bias or self.site.flipped or self.site.kind not in ("linear", "conv") or not stored.is_contiguous():
+            return None
+        if any(share.rows is not None or share.layer.site.experts for share in self.shares):
+            return None
+        factors = []
+        with torch.no_grad():
+            for share in self.shares:
+                if not isinstance(share.layer.algorithm, LowRank):
+                    return None
+                record = share.layer.record()
+                params = record.params.filled(wide(t) for t in record.params.tensors.values())
+                up, down = share.layer.algorithm.factors(params)
+                factors.append((up * share.strength, down.flatten(1)))
+            found = stored if dtype == stored.dtype else torch.empty_like(stored, dtype=dtype)
+            source, target = stored.flatten(1), found.view(found.shape[0], -1)
+            rows = max(1, TILE // source.shape[1])
+            room = factors[0][0].new_empty((rows, source.shape[1]))
+            for start in range(0, source.shape[0], rows):
+                part = source[start : start + rows]
+                tile = room[: part.shape[0]].copy_(part)
+                for up, down in factors:
+                    tile.addmm_(up[start : start + rows], down)
+                target[start : start + rows].copy_(tile)
+        return found
 
     def _bias(self, bias: Tensor) -> Tensor:
         total = bias.clone()

@@ -356,6 +356,21 @@ def test_dora_is_nearer_and_nearly_keeps_the_norms_of_the_rows(plain: tuple[Path
     assert report.error < without.error
 
 
+@pytest.mark.parametrize("options", [{"rank": 4}, {"rank": 4, "dora": True}, {"size": 250_000}], ids=str)
+def test_convolutions_may_have_a_core(plain: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    base, other = plain
+    report = extract(base, other, tmp_path / "a.safetensors", tucker=True, **options)
+    cores = [key for key in load_file(tmp_path / "a.safetensors") if key.endswith(".lora_mid.weight")]
+    assert len(cores) == sum(len(row.shape) == 4 and row.shape[2] == 3 for row in report.rows)
+    assert cores
+    found, want, before = merged(base, tmp_path / "a.safetensors", tmp_path / "out"), tensors(other), tensors(base)
+    for row in report.rows:
+        name = f"{row.layer}.weight"
+        assert row.error == pytest.approx(difference(found, want, name.__eq__) / row.change, rel=1e-3)
+        assert difference(found, want, name.__eq__) < difference(before, want, name.__eq__)
+        assert row.planned is None or row.planned == pytest.approx(row.error, rel=1e-3)
+
+
 def test_the_whole_difference_takes_biases_and_embeddings_along(plain: tuple[Path, Path], tmp_path: Path) -> None:
     base, other = plain
     report = extract(base, other, tmp_path / "a.safetensors", algorithm="full", train_norm=True)
@@ -596,6 +611,9 @@ def test_a_piece_that_is_missing_is_named(plain: tuple[Path, Path], tmp_path: Pa
         ({"algorithm": "auto", "rank": 2}, "weighs algorithms against each other for a size"),
         ({"algorithm": "lora", "size": 9000, "algos": ["lora"]}, "algos says what algorithm='auto' may choose"),
         ({"algorithm": "ia3", "dora": True}, "dora goes around lora"),
+        ({"algorithm": "lokr", "rank": 2, "tucker": True}, "tucker is a form of lora"),
+        ({"algorithm": "glora", "size": 90_000}, "glora is not weighed by size"),
+        ({"algorithm": "auto", "algos": ["lora", "dylora"], "size": 90_000}, "dylora is not weighed by size"),
         ({"rank": 2, "tucker": True, "dtype": torch.float64}, "dtype must be"),
         ({"energy": 0.5, "tucker": True}, "a core has none"),
         ({"rank": 2, "min_change": -1}, "min_change is"),

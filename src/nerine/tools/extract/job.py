@@ -161,7 +161,7 @@ def report_of(fitter: Fitter, rest: Rest, file: str, size: int, dry_run: bool) -
     pairs = next(iter(fitter.choice.pairs.values()))
     notes = list(rest.notes)
     fused = [path for path in fitter.layers if path not in fitter.stems and path in fitter.choice.weights]
-    if fused and (plan.dora or plan.wants_others):
+    if fused and (plan.dora is not None or plan.wants_others):
         notes.append(f"{len(fused)} layers are in other pieces in this dialect; they got plain products")
     return ExtractReport(
         base=pairs.base.file.path.name,

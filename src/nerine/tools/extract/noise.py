@@ -19,8 +19,8 @@ def differs(before: Tensor, after: Tensor, formats: Formats) -> bool:
         return not torch.equal(before, after)
     coarse = torch.finfo(_coarser(formats))
     relative, least = coarse.eps / 2 * (1 + coarse.eps), coarse.smallest_normal * coarse.eps / 2
-    allowed = torch.maximum(before.abs(), after.abs()) * relative + least
-    return bool(((after - before).abs() > allowed).any())
+    allowed = torch.maximum(before.abs(), after.abs()).mul_(relative).add_(least)
+    return bool(((after - before).abs_() > allowed).any())
 
 
 def threshold_of(formats: Iterable[Formats]) -> str:
@@ -37,4 +37,5 @@ def _coarser(formats: Formats) -> torch.dtype:
 
 def square(t: Tensor) -> float:
     """The sum of the squares of all entries, in fp64 where the device has it."""
-    return float((t if t.device.type == "mps" else t.double()).square().sum())
+    dtype = None if t.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(t, dtype=dtype)) ** 2

@@ -18,6 +18,7 @@ from nerine.tools.extract.ranks import Wanted, rank_for
 __all__ = ["AUTO", "Plan", "family_names", "plan_of"]
 
 AUTO = ("lora", "lokr", "ia3", "diag-oft", "full")  # LoHa takes an iteration for each size and is tried when named
+SIZED = (*AUTO, "loha")  # those of which it is known what each size is worth
 INSIDE = (LoRA, LoHa, LoKr, GLoRA)  # what DoRA goes around here: the others keep or move the norms themselves
 What = str | Algorithm | Sequence[Rule]
 
@@ -30,12 +31,12 @@ def family_names() -> list[str]:
 @dataclass(frozen=True)
 class Plan:
     """`what` chooses the layers (an algorithm or rules); `templates` are the algorithms weighed against each other for
-    a size, or the one that all layers get. With `dora` the magnitudes stand apart from the directions."""
+    a size, or the one that all layers get. `dora` is what goes around them, where magnitudes are to stand apart."""
 
     what: Algorithm | Sequence[Rule]
     templates: tuple[Algorithm, ...]
     wanted: Wanted | None
-    dora: bool = False
+    dora: DoRA | None = None
 
     @property
     def is_sized(self) -> bool:
@@ -61,11 +62,12 @@ class Plan:
 
         A layer that is in pieces in the file, or a piece of one, is not alone there: it gets a plain product.
         """
-        if self.wanted is not None and isinstance(own, INSIDE):
+        if self.wanted is not None and has_rank(own):
             rank = rank_for(self.wanted, site, values, must=not is_alone)
             if rank is None:
                 return Full()
-            own = replace(own, rank=rank)
+            changed: Any = own  # of a class that has a rank
+            own = replace(changed, rank=rank)
         own = fitted_size(own, site)
         return self.around(own) if is_alone else own
 
@@ -77,7 +79,7 @@ class Plan:
 
     def around(self, algorithm: Algorithm) -> Algorithm:
         """With DoRA around it, where that was asked for."""
-        return DoRA(algorithm) if self.dora and isinstance(algorithm, INSIDE) else algorithm
+        return replace(self.dora, inner=algorithm) if self.dora and isinstance(algorithm, INSIDE) else algorithm
 
     def __str__(self) -> str:
         if self.wanted is not None:
@@ -86,10 +88,12 @@ class Plan:
 
 
 def fitted_size(algorithm: Algorithm, site: Site) -> Algorithm:
-    """Without ranks that the weight does not have."""
+    """Without ranks that the weight does not have, and without a start on the weight, which a fit has no use for."""
     most = min(site.shape[0], site.flat)
     if isinstance(algorithm, DoRA):
         return replace(algorithm, inner=fitted_size(algorithm.inner, site))
+    if isinstance(algorithm, LoRA) and algorithm.init != LoRA.init:
+        algorithm = replace(algorithm, init=LoRA.init)
     if isinstance(algorithm, LoRA) and algorithm.rank > most:
         alpha = None if algorithm.alpha is None else algorithm.alpha * most / algorithm.rank
         return replace(algorithm, rank=most, alpha=alpha)
@@ -124,14 +128,16 @@ def plan_of(
         raise OptionError("extract: algos says what algorithm='auto' may choose from; give that, or one algorithm")
     template = _named(algorithm, settings) if isinstance(algorithm, str) else algorithm
     _check_fitted(template)
-    if isinstance(template, DoRA):
-        template, dora = template.inner, True
+    around = template if isinstance(template, DoRA) else DoRA(template) if dora else None
+    template = template.inner if isinstance(template, DoRA) else template
+    if tucker and not isinstance(template, LoRA):
+        raise OptionError(f"extract: tucker is a form of lora; leave it out for {template.name}")
     template = _with_tucker(template, tucker)
-    if dora and not isinstance(template, INSIDE):
+    if around is not None and not isinstance(template, INSIDE):
         raise OptionError(f"extract: dora goes around lora, loha, lokr or glora, not around {template.name}")
     _check_size(template, wanted, isinstance(algorithm, str) and "rank" not in (settings or {}))
-    own = DoRA(template) if dora and wanted is None else template
-    return Plan(own, (template,), wanted, dora)
+    own = template if around is None or wanted is not None else replace(around, inner=template)
+    return Plan(own, (template,), wanted, around)
 
 
 def _automatic(wanted: Wanted | None, algos: Sequence[str] | None, dora: bool, tucker: bool) -> Plan:
@@ -142,10 +148,10 @@ def _automatic(wanted: Wanted | None, algos: Sequence[str] | None, dora: bool, t
     names = AUTO if algos is None else tuple(algos)
     if not names:
         raise OptionError("extract: algos names none; leave it out for " + ", ".join(AUTO))
-    templates = tuple(_with_tucker(_named(name), tucker) for name in names)
+    templates = tuple(_with_tucker(_named(name), tucker) for name in dict.fromkeys(names))
     for template in templates:
-        _check_fitted(template)
-    return Plan(LoRA(), templates, wanted, dora)
+        _check_sized(template)
+    return Plan(LoRA(), templates, wanted, DoRA(LoRA()) if dora else None)
 
 
 def _named(name: str, settings: Mapping[str, Any] | None = None) -> Algorithm:
@@ -166,8 +172,17 @@ def _check_fitted(algorithm: Algorithm | None) -> None:
         )
 
 
+def _check_sized(template: Algorithm) -> None:
+    if template.name not in SIZED:
+        raise OptionError(
+            f"extract: {template.name} is not weighed by size; choose of {', '.join(SIZED)}, or give rank"
+        )
+
+
 def _with_tucker(template: Algorithm, tucker: bool) -> Algorithm:
-    return replace(template, tucker=True) if tucker and isinstance(template, LoRA) else template
+    if not isinstance(template, LoRA):
+        return template
+    return replace(template, tucker=tucker or template.tucker, init=LoRA.init)
 
 
 def has_rank(algorithm: Algorithm) -> bool:
@@ -181,7 +196,7 @@ def _check_size(template: Algorithm, wanted: Wanted | None, is_name: bool) -> No
         if has_rank(template) and is_name and not getattr(template, "full_matrix", False):
             raise OptionError(f"extract: say how large it is to be, with one of {sizes}")
     elif wanted.kind == "size":
-        return
+        _check_sized(template)
     elif wanted.counts and not isinstance(template, LoRA):
         raise OptionError(
             f"extract: {wanted.kind} counts singular values, which are those of a LoRA; give rank or size for "

@@ -62,6 +62,9 @@ def make_inputs(folder: Path) -> None:
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "merge": (["merge", "base.safetensors", "a.safetensors:0.5", "b.safetensors"], "out.safetensors"),
     "merge a folder": (["merge", "pieces", "a.safetensors"], "out"),
+    "extract": (["extract", "base.safetensors", "tuned.safetensors", "--rank", "4"], "out.safetensors"),
+    "resize": (["resize", "a.safetensors", "--rank", "4"], "out.safetensors"),
+    "combine": (["combine", "a.safetensors", "b.safetensors"], "out.safetensors"),
 }
 
 

@@ -171,6 +171,61 @@ def test_a_layer_that_is_fused_in_one_of_the_two_is_found_in_its_pieces(tmp_path
             torch.testing.assert_close(found[name], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A transformer whose layers the kohya dialect has in other pieces: query, key and value as one."""
+    pytest.importorskip("diffusers")
+    import tiny_pipelines
+
+    folder = tmp_path_factory.mktemp("flux")
+    model = tiny_pipelines.flux().transformer
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for name, t in model.named_parameters():
+            t.add_(low_rank(rank=2)(name, t))
+    model.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned"
+
+
+@pytest.mark.no_device_guard
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 2},
+        {"rank": 1, "dora": True},
+        {"ratio": 0.6},
+        {"size": 20_000},
+        {"algorithm": "auto", "size": 30_000},
+        {"algorithm": "full"},
+        {"rank": 1, "train_norm": True},
+    ],
+    ids=str,
+)
+def test_layers_that_are_fused_in_the_file_come_back(
+    flux: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    base, other = flux
+    report = extract(base, other, tmp_path / "a.safetensors", **options)
+    assert any("_img_attn_qkv." in key for key in load_file(tmp_path / "a.safetensors"))
+    assert report.size == (tmp_path / "a.safetensors").stat().st_size <= options.get("size", 10**9)
+    merge(base, [tmp_path / "a.safetensors"], tmp_path / "out")
+    name = "diffusion_pytorch_model.safetensors"
+    before, found, want = (load_file(folder / name) for folder in (base, tmp_path / "out", other))
+    layers = {f"{row.layer}.weight" for row in report.rows} | {f"{path}.weight" for path in report.left}
+    rest, whole = difference(found, want, layers.__contains__), difference(before, want, layers.__contains__)
+    assert report.error == pytest.approx(rest / whole, rel=1e-3, abs=1e-6)
+    others = "dora" in options or "ratio" in options or options.get("algorithm") == "auto"
+    assert any("they got plain products" in note for note in report.notes) == others
+
+
+@pytest.mark.no_device_guard
+def test_what_cannot_be_fused_is_told_before_any_work(flux: tuple[Path, Path], tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(FormatError, match="the kohya dialect has this layer in other pieces, for which LoKr"):
+        extract(*flux, file, algorithm="lokr", rank=2)
+    assert extract(*flux, file, algorithm="lokr", rank=2, dialect="lycoris").layers > 20
+
+
 # -- what gets none ----------------------------------------------------------------------------------------------------
 def test_layers_without_a_difference_get_no_adapter(attention: tuple[Path, Path], tmp_path: Path) -> None:
     report = extract(*attention, tmp_path / "a.safetensors", rank=2)

@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nerine.algorithms import Algorithm, DoRA, Full, LoKr, Norm, Params
+from nerine.algorithms import Algorithm, DoRA, Full, LoKr, LoRA, Norm, Params
+from nerine.errors import FormatError
 from nerine.files.checkpoint import Layer, Record
 from nerine.ops.low_rank_fit import leading_until, spectrum, within
 from nerine.ops.precision import full_precision
@@ -175,7 +176,17 @@ class Fitter:
             path: self.plan.sketch(self.choice.algorithms[path], pairs[path].site, path in self.stems)
             for path in self.choice.weights
         }
-        sheet.lay_out({path: sketched(own[path], pairs[path].site, sheet.dtype) for path in own})
+        try:
+            sheet.lay_out({path: sketched(own[path], pairs[path].site, sheet.dtype) for path in own})
+        except FormatError as error:
+            strange = [path for path in own if path not in self.stems and not isinstance(own[path], LoRA | Full)]
+            if not strange:
+                raise
+            raise FormatError(
+                f"{strange[0]}: the {sheet.dialect.name} dialect has this layer in other pieces, for which "
+                f"{own[strange[0]]} cannot be taken apart or put together ({error}); extract lora or full, or choose a "
+                "dialect with the names of the model, such as lycoris"
+            ) from error
 
     # -- one layer -----------------------------------------------------------------------------------------------------
     def _counted(self, path: str) -> Seen | None:
@@ -200,7 +211,8 @@ class Fitter:
         """A bias that has moved where no weight has: an adapter of its own with the norms, or only counted."""
         if found.shift is None:
             return
-        if self.choice.train_norm or isinstance(self.choice.algorithms[path], Full):
+        has_place = path in self.stems or isinstance(self.choice.algorithms[path], Full)
+        if has_place and (self.choice.train_norm or isinstance(self.choice.algorithms[path], Full)):
             site = self.choice.pairs[path].site
             self._put(path, Record(Full(), site, Params({"diff_b": found.shift})), found, 0.0)
         else:

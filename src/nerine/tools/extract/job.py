@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nerine.algorithms import Algorithm
+from nerine.algorithms import Algorithm, LoRA
 from nerine.errors import OptionError
 from nerine.files.detect import dialect_named
 from nerine.files.dialects.base import Dialect
@@ -160,7 +160,8 @@ def report_of(fitter: Fitter, rest: Rest, file: str, size: int, dry_run: bool) -
     tally, sheet, plan = fitter.tally, fitter.sheet, fitter.plan
     pairs = next(iter(fitter.choice.pairs.values()))
     notes = list(rest.notes)
-    fused = [path for path in fitter.layers if path not in fitter.stems and path in fitter.choice.weights]
+    weights = {path: layer for path, layer in fitter.layers.items() if path in fitter.choice.weights}
+    fused = [path for path, own in weights.items() if path not in fitter.stems and isinstance(own.algorithm, LoRA)]
     if fused and (plan.dora is not None or plan.wants_others):
         notes.append(f"{len(fused)} layers are in other pieces in this dialect; they got plain products")
     return ExtractReport(

@@ -24,6 +24,7 @@ from nerine.cli.plan import plan
 from nerine.cli.presets import presets
 from nerine.cli.resize import resize
 from nerine.cli.suggest import suggest
+from nerine.cli.train import train
 from nerine.cli.verify import verify
 from nerine.errors import NerineError
 from nerine.version import __version__
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 PANELS = {
+    "Train": (train,),
     "Look at adapters": (inspect, compare, verify),
     "Change adapters": (convert, resize, combine, metadata, bundle),
     "Checkpoints and adapters": (merge, extract, suggest),

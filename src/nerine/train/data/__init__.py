@@ -1,0 +1,1 @@
+"""Pictures and captions: found, framed, drawn in order, read, encoded and kept."""

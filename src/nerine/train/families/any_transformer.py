@@ -1,0 +1,97 @@
+"""Pipelines of the common shape: `encode_prompt` gives states and perhaps a mask, and the transformer takes latents,
+timestep and states. What else a transformer may want of the known ones stands in a table; others are refused, because
+a convention that is guessed wrong trains something else in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nerine.errors import UnsupportedBase
+from nerine.train.batch import Text
+from nerine.train.families.latent import LatentBase
+from nerine.train.schedules import TIMES
+
+__all__ = ["AnyTransformer"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a pipeline calls its transformer: `times` counts time up to that number, `sign` turns what it says into what
+    the scheduler wants, `mask` is what it calls the mask of the states ("" for none)."""
+
+    times: float = TIMES
+    sign: int = 1
+    mask: str = "encoder_attention_mask"
+
+
+_KNOWN = {
+    "PixArtAlphaPipeline": Convention(),
+    "PixArtSigmaPipeline": Convention(),
+    "SanaPipeline": Convention(),
+    "AuraFlowPipeline": Convention(times=1.0, mask=""),
+}
+
+
+class AnyTransformer(LatentBase):
+    """PixArt-Alpha, PixArt-Sigma, Sana, AuraFlow.
+
+    Raises:
+        UnsupportedBase: the transformer wants an argument that is not known here.
+    """
+
+    family: ClassVar[str] = "transformer"
+    classes: ClassVar[tuple[str, ...]] = tuple(_KNOWN)
+    guidance: ClassVar[float] = 4.5
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self.convention = _KNOWN[type(pipeline).__name__]
+        given = {"self", "hidden_states", "timestep", "encoder_hidden_states", "return_dict", self.convention.mask}
+        for name, parameter in inspect.signature(self.denoiser.forward).parameters.items():
+            if parameter.default is inspect.Parameter.empty and name not in given:
+                raise UnsupportedBase(
+                    f"{type(pipeline).__name__}: its transformer wants {name!r}, of which nothing is known"
+                )
+
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        known = inspect.signature(self.pipeline.encode_prompt).parameters
+        device = next(iter(self.text_encoders.values())).device
+        asked = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": device}
+        found = self.pipeline.encode_prompt(list(captions), **{k: v for k, v in asked.items() if k in known})
+        states, mask = found[0], found[1]
+        return (
+            {"states": states, "mask": mask}
+            if isinstance(mask, Tensor) and self.convention.mask
+            else {"states": states}
+        )
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        more: dict[str, Any] = {}
+        if "mask" in text:
+            more[self.convention.mask] = text["mask"]
+        if "added_cond_kwargs" in inspect.signature(self.denoiser.forward).parameters:
+            more["added_cond_kwargs"] = self._sizes(sizes)
+        found: Tensor = self.denoiser(
+            noisy.to(self.format),
+            encoder_hidden_states=text["states"],
+            timestep=timesteps * (self.convention.times / TIMES),
+            return_dict=False,
+            **more,
+        )[0]
+        if found.shape[1] == 2 * noisy.shape[1]:  # the second half says how sure it is
+            found = found.chunk(2, dim=1)[0]
+        return found * self.convention.sign
+
+    def _sizes(self, sizes: Tensor) -> dict[str, Tensor | None]:
+        """What PixArt is told of sizes, where it was trained with them."""
+        if not self.config.get("use_additional_conditions"):
+            return {"resolution": None, "aspect_ratio": None}
+        shown = sizes[:, 4:6].to(self.format)
+        return {"resolution": shown, "aspect_ratio": torch.stack([shown[:, 0] / shown[:, 1]], 1)}

@@ -1,0 +1,140 @@
+"""Base: a loaded diffusion model as the trainer sees it, whatever its family.
+
+A family says how captions and pictures are encoded, how its denoiser is called, and how a picture is drawn. It knows
+nothing of adapters, data or optimisers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nerine.errors import OptionError
+from nerine.train.batch import Latents, Text
+
+__all__ = ["Base", "seeds_for"]
+
+
+class Base(ABC):
+    """A pipeline with its denoiser; one subclass a family.
+
+    `prediction` is what the denoiser was trained to predict ("epsilon", "v" or "flow"), `scheduler` the pipeline's own
+    (its configuration has the noise schedule), `resolution` the side of the pictures that it was trained on and `step`
+    what sides must be multiples of, in pixels.
+    """
+
+    family: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]  # names of the pipelines that are of this family
+    lr: ClassVar[float] = 1e-4  # a learning rate for adapters that suits it
+    guidance: ClassVar[float] = 5.0  # a guidance scale that suits it
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def denoiser(self) -> nn.Module:
+        found: nn.Module = getattr(self.pipeline, "transformer", None) or self.pipeline.unet
+        return found
+
+    @property
+    def component(self) -> str:
+        """What the pipeline calls its denoiser."""
+        return "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
+
+    @property
+    def vae(self) -> nn.Module | None:
+        found: nn.Module | None = getattr(self.pipeline, "vae", None)
+        return found
+
+    @property
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        """Those that there are, by the names of the pipeline."""
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        found = {name: getattr(self.pipeline, name, None) for name in names}
+        return {name: part for name, part in found.items() if part is not None}
+
+    @property
+    @abstractmethod
+    def prediction(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def step(self) -> int: ...
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        """What the denoiser is told of the captions, on the text encoders' device; with gradients where they are on."""
+
+    @abstractmethod
+    def encode_pictures(self, pictures: Tensor) -> Latents:
+        """Latents of pictures `[batch, 3, height, width]` in [-1, 1], without gradients."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        """The denoiser's prediction for noisy latents, of their shape. `timesteps` [batch] are in [0, 1000], growing
+        with the noise (whole numbers except for flow); `sizes` as in Batch."""
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: str = "",
+        steps: int = 20,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        seeds: Sequence[int] = (0,),
+    ) -> list[Any]:
+        """One PIL picture for each prompt, by the pipeline's own call; `seeds` has one number for each, or one for all,
+        `size` is (width, height). The noise is drawn on the CPU, so that a seed means the same noise everywhere.
+
+        Raises:
+            OptionError: the pipeline takes no negative prompt, or the seeds are not as many as the prompts.
+        """
+        known = inspect.signature(self.pipeline.__call__).parameters
+        if negative and "negative_prompt" not in known:
+            raise OptionError(f"negative: {type(self.pipeline).__name__} takes no negative prompt")
+        width, height = size or (self.resolution, self.resolution)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds_for(prompts, seeds)]
+        asked = {
+            "prompt": list(prompts),
+            "num_inference_steps": steps,
+            "guidance_scale": self.guidance if guidance is None else guidance,
+            "output_type": "pil",
+            **({"negative_prompt": [negative] * len(prompts)} if negative else {}),
+            **({"width": width, "height": height} if "width" in known else {}),
+            # captions and sizes as they are in training, and not as some pipelines would improve them
+            **{name: False for name in ("clean_caption", "use_resolution_binning") if name in known},
+        }
+        shown = dict(getattr(self.pipeline, "_progress_bar_config", {}))
+        self.pipeline.set_progress_bar_config(disable=True)
+        try:
+            with torch.no_grad():
+                return list(self.call(asked, generators, (width, height)).images)
+        finally:
+            self.pipeline.set_progress_bar_config(**shown)
+
+    def call(self, asked: dict[str, Any], generators: list[torch.Generator], size: tuple[int, int]) -> Any:
+        """The pipeline's call for pictures of `size`; a family *may* have its own."""
+        return self.pipeline(**asked, generator=generators)
+
+
+def seeds_for(prompts: Sequence[str], seeds: Sequence[int]) -> list[int]:
+    """One seed for each prompt.
+
+    Raises:
+        OptionError: there are neither as many nor one.
+    """
+    if len(seeds) == 1:
+        return list(seeds) * len(prompts)
+    if len(seeds) != len(prompts):
+        raise OptionError(f"seeds: expected one for each of {len(prompts)} prompts, or one for all, got {len(seeds)}")
+    return list(seeds)

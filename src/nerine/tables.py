@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["table"]
+__all__ = ["listing", "table"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -25,3 +25,10 @@ def _is_number(cell: str) -> bool:
     return (
         cell.strip("+-%x~").replace(",", "").replace(".", "").replace("e-", "").replace("e+", "").isdigit() or not cell
     )
+
+
+def listing(rows: Iterable[tuple[str, object]]) -> str:
+    """Names and what belongs to them, one pair a line."""
+    pairs = [(name, str(value)) for name, value in rows]
+    width = max((len(name) for name, _ in pairs), default=0)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs)

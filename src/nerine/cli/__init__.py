@@ -17,6 +17,7 @@ from nerine.cli.compare import compare
 from nerine.cli.convert import convert
 from nerine.cli.demo import demo
 from nerine.cli.extract import extract
+from nerine.cli.generate import generate
 from nerine.cli.inspect import inspect
 from nerine.cli.merge import merge
 from nerine.cli.metadata import metadata
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 PANELS = {
-    "Train": (train,),
+    "Train and draw": (train, generate),
     "Look at adapters": (inspect, compare, verify),
     "Change adapters": (convert, resize, combine, metadata, bundle),
     "Checkpoints and adapters": (merge, extract, suggest),

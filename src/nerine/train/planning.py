@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nerine.tables import table
+from nerine.tables import listing, table
 from nerine.train.loop import Loop, own_randomness
 from nerine.train.preparation import Run, prepare
 from nerine.train.settings import TrainSettings
@@ -64,7 +64,7 @@ class TrainPlan:
             *peak,
             ("time", f"{self.seconds_per_step:.3f} s a step (tried), {hours:.0f} h {rest / 60:.0f} min in all"),
         ]
-        return f"{self.data}\n\n{table(('', ''), rows)}"
+        return f"{self.data}\n\n{listing(rows)}"
 
 
 def plan_training(settings: TrainSettings, watcher: Watcher | None = None) -> TrainPlan:

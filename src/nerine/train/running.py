@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nerine.files.atomic import write_json, write_text
-from nerine.tables import table
+from nerine.tables import listing
 from nerine.train.config import to_toml
 from nerine.train.loop import Loop
 from nerine.train.page import RunSummary, write_report
@@ -65,7 +65,7 @@ class TrainReport:
         rows += [("skipped", f"{self.skipped} pictures; {self.out}/data.json names them")] if self.skipped else []
         if not self.is_finished:
             rows.append(("to go on", f"nerine train --resume --out {self.out}"))
-        return "\n".join([table(("", ""), rows), *self.notes])
+        return "\n".join([listing(rows), *self.notes])
 
 
 def train(settings: TrainSettings, *, resume: bool = False, watcher: Watcher | None = None) -> TrainReport:

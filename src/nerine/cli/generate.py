@@ -1,0 +1,92 @@
+"""`nerine generate`: pictures from prompts, with any base and any adapters."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import typer
+
+from nerine.cli.shared import FORCE, JSON, bar, show, split_strength
+from nerine.errors import FormatError, OptionError
+
+__all__ = ["generate"]
+
+
+def generate(
+    prompts: list[str] = typer.Argument(..., help="What to draw; several may be given."),
+    base: str = typer.Option("tiny", "--base", help='A diffusers folder, a checkpoint in one file, or "tiny".'),
+    base_config: Path | None = typer.Option(None, "--base-config", help="For a file: the folder of configurations."),
+    adapters: list[str] = typer.Option(
+        [], "--adapter", help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.4; several may be given."
+    ),
+    out: Path = typer.Option(Path("pictures"), "--out", "-o", help="A folder, or a .png for one sheet."),
+    seeds: list[int] = typer.Option([0], "--seed", help="Of the noise; several may be given."),
+    grid: str | None = typer.Option(None, "--grid", help="strengths=0,0.5,1 or seeds=1,2,3: the columns of a sheet."),
+    steps: int = typer.Option(20, min=1, help="Denoising steps."),
+    guidance: float | None = typer.Option(None, help="Guidance scale; the base's own if left out."),
+    negative: str = typer.Option("", help="What not to draw."),
+    size: str | None = typer.Option(None, help="WIDTHxHEIGHT in pixels; the base's own if left out."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps, ..."),
+    dtype: str = typer.Option("auto", "--dtype", help="fp32, fp16 or bf16; auto: bf16 on a GPU."),
+    force: bool = FORCE,
+    as_json: bool = JSON,
+) -> None:
+    """Draw pictures: every prompt with every seed, as single files or as one sheet.
+
+    Example: [bold]nerine generate "a seven, neon" --adapter style.safetensors --grid strengths=0,0.5,1 -o s.png[/bold]
+    """
+    from nerine.train.drawing import AdapterFile, put_on
+    from nerine.train.drawing import generate as draw
+    from nerine.train.opening import open_base, place
+    from nerine.train.settings import BaseSettings
+
+    strengths, grid_seeds = _grid(grid)
+    if out.suffix.lower() == ".png" and out.exists() and not force:
+        raise FormatError(f"{out}: there is such a file already; --force replaces it")
+    if grid is not None and out.suffix.lower() != ".png":
+        raise OptionError(f"--grid makes one sheet: give a file, as in --out sheet.png, found {out}")
+    if dtype not in ("auto", "fp32", "fp16", "bf16"):
+        raise OptionError(f"--dtype: expected auto, fp32, fp16 or bf16, found {dtype!r}")
+    opened = open_base(BaseSettings(base=base, config=base_config, device=device, dtype=dtype))
+    place(opened, device)
+    networks = put_on(opened, [AdapterFile(*split_strength(text)) for text in adapters])
+    with bar("drawing") as progress:
+        report = draw(
+            opened,
+            prompts,
+            out,
+            networks=networks,
+            strengths=strengths,
+            seeds=grid_seeds or seeds,
+            progress=progress,
+            negative=negative,
+            steps=steps,
+            guidance=guidance,
+            size=_size(size),
+        )
+    show(report, as_json)
+
+
+def _grid(text: str | None) -> tuple[list[float], list[int]]:
+    """(strengths, seeds) of "strengths=0,0.5,1" or "seeds=1,2"."""
+    if text is None:
+        return [], []
+    what, _, values = text.partition("=")
+    try:
+        if what == "strengths":
+            return [float(value) for value in values.split(",")], []
+        if what == "seeds":
+            return [], [int(value) for value in values.split(",")]
+    except ValueError:
+        pass
+    raise OptionError(f"--grid: expected strengths=0,0.5,1 or seeds=1,2,3, found {text!r}")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if match is None or not int(match[1]) or not int(match[2]):
+        raise OptionError(f"--size: expected WIDTHxHEIGHT, as in 768x512, found {text!r}")
+    return int(match[1]), int(match[2])

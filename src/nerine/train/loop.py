@@ -2,7 +2,7 @@
 
 A step draws its batch, its times and its noise as functions of its number, so that a run which goes on from a
 checkpoint makes the same steps, bit by bit, as one that was never interrupted. torch's own generators, from
-which dropouts are drawn, are set anew in each step for the same reason, and given back to the caller as they were.
+which dropouts are drawn, are set anew in each step for the same reason (see `own_randomness`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nerine.train.timesteps import draw_times
 from nerine.train.validation import held_out_loss
 from nerine.train.watching import Watcher
 
-__all__ = ["Loop"]
+__all__ = ["Diverged", "Loop", "own_randomness"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ADAPTER = "adapter"  # the name of the file in a checkpoint
@@ -89,16 +89,15 @@ class Loop:
     def go(self) -> bool:
         """Make the steps that are left; whether the run is at its end, and not stopped before it."""
         run = self.run
-        with own_randomness(run.device):
-            if self.first == 0:
-                self._look(0)
-            batches = self.batches()
-            for step in range(self.first, run.steps):
-                self.advance(step, batches)
-                stop = self._is_stopped()
-                self._between(step + 1, stop)
-                if stop and step + 1 < run.steps:
-                    return False
+        if self.first == 0:
+            self._look(0)
+        batches = self.batches()
+        for step in range(self.first, run.steps):
+            self.advance(step, batches)
+            stop = self._is_stopped()
+            self._between(step + 1, stop)
+            if stop and step + 1 < run.steps:
+                return False
         return True
 
     def advance(self, step: int, batches: Iterator[Batch]) -> None:

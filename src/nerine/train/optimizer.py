@@ -65,7 +65,14 @@ def make_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) ->
         raise OptionError(f"optimizer {settings.optimizer} with {given}: {error}") from error
     if not isinstance(made, torch.optim.Optimizer):
         raise OptionError(f"optimizer: {kind.__name__} is no torch.optim.Optimizer")
+    if is_schedule_free(made):
+        made.train()  # type: ignore[attr-defined]
     return made
+
+
+def is_schedule_free(optimizer: Any) -> bool:
+    """Whether it moves other values than those that are meant to be used, and swaps the two."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 def _class_of(name: str) -> Any:
@@ -135,14 +142,21 @@ def set_rate(optimizer: Any, factor: float) -> None:
 
 
 @contextmanager
+@torch.no_grad()
 def evaluating(optimizer: Any) -> Iterator[None]:
-    """The values that are meant to be used, for the length of a `with` block: schedule-free optimisers move others."""
-    is_free = callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
-    was_training = is_free and any(group.get("train_mode", True) for group in optimizer.param_groups)
-    if was_training:
-        optimizer.eval()
+    """The values that are meant to be used, for the length of a `with` block: schedule-free optimisers move others.
+
+    Afterwards those are the same to the bit, which their own way back would not give.
+    """
+    groups = optimizer.param_groups
+    if not is_schedule_free(optimizer) or not any(group.get("train_mode", True) for group in groups):
+        yield
+        return
+    moved = [(p, p.detach().clone()) for group in groups for p in group["params"]]
+    optimizer.eval()
     try:
         yield
     finally:
-        if was_training:
-            optimizer.train()
+        optimizer.train()
+        for parameter, value in moved:
+            parameter.copy_(value)

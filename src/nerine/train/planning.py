@@ -12,7 +12,7 @@ import torch
 
 from nerine.tables import listing, table
 from nerine.train.loop import Loop, own_randomness
-from nerine.train.preparation import Run, prepare
+from nerine.train.preparation import Run, engine, prepare
 from nerine.train.settings import TrainSettings
 from nerine.train.watching import Watcher
 
@@ -73,8 +73,10 @@ def plan_training(settings: TrainSettings, watcher: Watcher | None = None) -> Tr
     Raises:
         NerineError: as `train`.
     """
-    run = prepare(_quiet(settings), Watcher() if watcher is None else watcher)
-    seconds = _try(run)
+    accelerator = engine(_quiet(settings))
+    with own_randomness(accelerator.device):
+        run = prepare(_quiet(settings), Watcher() if watcher is None else watcher, accelerator)
+        seconds = _try(run)
     network = run.network
     held = sum(_bytes(p) for part in run.parts.values() for p in part.parameters())
     own = sum(_bytes(p) for p in network.parameters())
@@ -111,12 +113,11 @@ def _try(run: Run) -> float:
     loop = Loop(run, Watcher())
     batches = loop.batches()
     times = []
-    with own_randomness(run.device):
-        for step in range(min(TRIED, run.steps)):
-            began = time.monotonic()
-            loss, _ = loop.step(step, batches)
-            float(loss)  # waits for the device
-            times.append(time.monotonic() - began)
+    for step in range(min(TRIED, run.steps)):
+        began = time.monotonic()
+        loss, _ = loop.step(step, batches)
+        float(loss)  # waits for the device
+        times.append(time.monotonic() - began)
     return statistics.median(times[1:] or times) if times else math.nan
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from nerine.files.atomic import write_json, write_text
 from nerine.tables import listing
 from nerine.train.config import to_toml
-from nerine.train.loop import Loop
+from nerine.train.loop import Loop, own_randomness
 from nerine.train.page import RunSummary, write_report
 from nerine.train.preparation import Run, engine, prepare
 from nerine.train.resuming import SETTINGS, check_free
@@ -79,11 +79,18 @@ def train(settings: TrainSettings, *, resume: bool = False, watcher: Watcher | N
         NerineError: data, base or files are not as they should be.
     """
     watcher = Watcher() if watcher is None else watcher
-    out = settings.output.out
     if not resume:
-        check_free(out)
+        check_free(settings.output.out)
     accelerator = engine(settings)
+    with own_randomness(accelerator.device):
+        return _train(settings, resume, watcher, accelerator)
+
+
+def _train(settings: TrainSettings, resume: bool, watcher: Watcher, accelerator: Any) -> TrainReport:
+    out = settings.output.out
     run = prepare(settings, watcher, accelerator)
+    loop = Loop(run, watcher)
+    first = loop.resume() if resume else 0
     if run.is_first:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / SETTINGS, to_toml(settings))
@@ -91,8 +98,6 @@ def train(settings: TrainSettings, *, resume: bool = False, watcher: Watcher | N
     accelerator.wait_for_everyone()
     if settings.output.trackers:
         accelerator.init_trackers(settings.output.project, config=_flat(settings))
-    loop = Loop(run, watcher)
-    first = loop.resume() if resume else 0
     watcher.begins(first, run.steps, describe(run))
     is_finished = loop.go()
     report = _finish(run, loop, is_finished)

@@ -97,7 +97,7 @@ def test_what_is_predicted_leads_back_to_the_picture() -> None:
 
 @pytest.mark.parametrize("weighting", ["min-snr", "debiased"])
 def test_weights_of_all_predictions_are_one_weight_of_the_picture(weighting: str) -> None:
-    """An error of x0 counts the same, whatever the denoiser predicts: what the papers give for epsilon, carried over."""
+    """An error of x0 counts the same, whatever the denoiser predicts: what the papers give, carried over."""
     scheduler = ddpm(**SCHEDULES[1])
     times = torch.tensor([50.0, 400.0, 900.0])
     alphas = cumulated_alphas(scheduler.config)[times.long()]

@@ -100,14 +100,15 @@ def read_validation(folder: Path, data: DataSettings) -> list[Picture]:
 
 
 def split(pictures: Sequence[Picture], share: float, dice: Dice) -> tuple[list[Picture], list[Picture]]:
-    """(to train with, to validate with): each picture's own name decides, so that more of them move none.
+    """(to train with, to validate with): each picture's own name decides, so that new ones move few.
 
     Regularisation pictures (those with another weight) are all trained with.
 
     Raises:
         OptionError: one side would be empty.
     """
-    held = {p.file for p in pictures if p.weight == 1 and dice.chance("validation", p.file.name) < share}
+    own = {p.file: dice.chance("validation", p.file.name) for p in pictures if p.weight == 1}
+    held = set(sorted(own, key=lambda file: (own[file], file))[: round(share * len(own))])
     train = [p for p in pictures if p.file not in held]
     if not held or not train:
         raise OptionError(

@@ -76,6 +76,7 @@ def save(
     for key, value in other.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in ("nerine", "format"):
             raise OptionError(f"metadata is text to text and not 'nerine' or 'format', got {key!r}: {value!r}")
+    at_rest(network.model)  # what FSDP2 has left whole after a forward must not be handed to others
     sites = {path: spot.site for path, spot in every_spot(network.model).items()} if chosen.naming != "own" else {}
     with present(network.model):
         layers = _layers(network)

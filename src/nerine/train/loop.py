@@ -20,7 +20,7 @@ from torch import Tensor
 from nerine.api import save
 from nerine.errors import NerineError
 from nerine.files.detect import dialect_named
-from nerine.model.sharded import whole
+from nerine.model.sharded import at_rest, whole
 from nerine.train.batch import Batch
 from nerine.train.checkpoints import Checkpoints, gathered, scattered
 from nerine.train.config import to_toml
@@ -55,13 +55,13 @@ class Pending(NamedTuple):
 
 
 class Loop:
-    """Makes the steps of a run from `first` on; `run.steps` of them in all."""
+    """Makes the steps of a run from `first` on; `run.steps` of them in all, of which `done` have been made."""
 
     def __init__(self, run: Run, watcher: Watcher) -> None:
         settings = run.settings
         self.run = run
         self.watcher = watcher
-        self.first = 0
+        self.first = self.done = 0
         self.seconds = 0.0
         self.checkpoints = Checkpoints(settings.output.out / "checkpoints", settings.output.keep)
         self.history = History(settings.output.out / "history.jsonl")
@@ -81,7 +81,7 @@ class Loop:
         latest = self.checkpoints.latest()
         if latest is not None:
             self._take(latest.state())
-            self.first = latest.step
+            self.first = self.done = latest.step
         if self.run.is_first:
             self.history.rewind(self.first if latest is not None else -1)
         return self.first
@@ -94,6 +94,7 @@ class Loop:
         batches = self.batches()
         for step in range(self.first, run.steps):
             self.advance(step, batches)
+            self.done = step + 1
             stop = self._is_stopped()
             self._between(step + 1, stop)
             if stop and step + 1 < run.steps:
@@ -268,6 +269,7 @@ class Loop:
     def _state(self, step: int) -> dict[str, Any]:
         """All that the next step depends on, on the CPU."""
         run = self.run
+        at_rest(run.parts)
         scaler = run.accelerator.scaler
         state: dict[str, Any] = {
             "step": step,

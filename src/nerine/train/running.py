@@ -150,7 +150,7 @@ def _report(run: Run, loop: Loop, files: list[Path], page: str | None, notes: tu
     return TrainReport(
         out=str(run.settings.output.out),
         adapter=tuple(map(str, files)),
-        steps=losses[-1][0] if losses else 0,
+        steps=loop.done,
         planned=run.steps,
         seconds=loop.seconds,
         loss=sum(last) / len(last) if last else float("nan"),

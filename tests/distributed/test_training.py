@@ -31,7 +31,14 @@ def train(folder: Path, out: str, processes: int, *more: str) -> Path:
     """Run the command in so many processes; the folder of the run."""
     launcher = [sys.executable, "-m", "nerine"]
     if processes > 1:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+        ]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--main_process_port", str(free_port()), "-m", "nerine"]
     done = subprocess.run(

@@ -65,22 +65,22 @@ def checkpoint_activations(module: Any) -> None:
     raise OptionError(f"gradient_checkpointing: {type(module).__name__} cannot compute activations again")
 
 
-class Float8Linear(nn.Module):
+class Float8Linear(nn.Linear):
     """A linear layer whose weight is kept in float8, with a scale for each row, and computed in the format of its
     inputs. `weight` and `weight_scale` are named as transformers names them."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         weight = layer.weight.detach().float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / _LARGEST
         self.weight = nn.Parameter((weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
-        self.bias = layer.bias
+        self.bias = layer.bias  # the same parameter, or None
         self.register_buffer("weight_scale", scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)  # type: ignore[operator]
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        scale: Any = self.weight_scale
+        weight = self.weight.to(input.dtype) * scale.to(input.dtype)
+        return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
 
 
 def _block_layers(denoiser: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

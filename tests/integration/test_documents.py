@@ -48,19 +48,24 @@ def test_the_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monk
 COMMAND = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+WORK = {"inspect", "compare", "verify", "merge", "extract", "suggest", "convert", "resize", "combine"}
+
+
 @pytest.mark.no_device_guard
-def test_the_commands_of_the_tools_page_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("page", "commands"), [("tools.md", WORK), ("training.md", {"train", "generate"})])
+def test_the_commands_of_a_page_run(
+    page: str, commands: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every `nerine` line of docs/tools.md, in order, on the files that its first block makes."""
-    pytest.importorskip("diffusers")
+    """Every `nerine` line of a page, in order, on the files that its first block makes."""
+    for package in ("diffusers", "accelerate"):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     ran: dict[str, int] = {}
     space: dict[str, Any] = {}
     for kind, code in COMMAND.findall(text):
         if kind == "python":
-            exec(compile(code, "docs/tools.md", "exec", dont_inherit=True), space)
+            exec(compile(code, f"docs/{page}", "exec", dont_inherit=True), space)
             continue
         for line in code.splitlines():
             words = shlex.split(line)
@@ -69,7 +74,7 @@ def test_the_commands_of_the_tools_page_run(
             assert done.code == 0, f"{line}\n{done.out}\n{done.err}"
             assert done.out.strip(), line
             ran[words[1]] = ran.get(words[1], 0) + 1
-    assert set(ran) >= {"inspect", "compare", "verify", "merge", "extract", "suggest", "convert", "resize", "combine"}
+    assert set(ran) >= commands
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

@@ -18,7 +18,7 @@ from nerine.tools.planning import algorithm_of
 from nerine.train.families.base import Base
 from nerine.train.settings import AdapterSettings
 
-__all__ = ["adapt", "freeze", "trained_parts", "what_of"]
+__all__ = ["adapt", "freeze", "trained_parts", "what_of", "where_of"]
 
 
 def trained_parts(base: Base, settings: AdapterSettings) -> Parts:
@@ -48,8 +48,8 @@ def adapt(parts: Parts, settings: AdapterSettings) -> Network:
     }
     if settings.start_from is not None:
         return load(parts, settings.start_from, strict=True, **dropouts).requires_grad_()
-    targets = "all" if settings.rules is not None else list(settings.targets)
-    return attach(parts, what_of(settings), targets=targets, train_norm=settings.train_norm, **dropouts)
+    targets, train_norm = where_of(settings)
+    return attach(parts, what_of(settings), targets=targets, train_norm=train_norm, **dropouts)
 
 
 def what_of(settings: AdapterSettings) -> Algorithm | list[Rule]:
@@ -66,6 +66,11 @@ def what_of(settings: AdapterSettings) -> Algorithm | list[Rule]:
         if value is not None:
             given[name] = str(value)
     return algorithm_of(settings.algo, given, settings.dora)
+
+
+def where_of(settings: AdapterSettings) -> tuple[list[str], bool]:
+    """Which layers, and whether norms are among them; rules say which by themselves."""
+    return (["all"] if settings.rules is not None else list(settings.targets)), settings.train_norm
 
 
 def freeze(base: Base) -> None:

@@ -15,7 +15,7 @@ from nerine.errors import MissingExtra, OptionError, nearest
 from nerine.model.network import Network
 from nerine.train.settings import OptimizerSettings
 
-__all__ = ["evaluating", "groups_of", "known_optimizers", "make_optimizer", "set_rate"]
+__all__ = ["class_of", "evaluating", "groups_of", "known_optimizers", "make_optimizer", "set_rate"]
 
 # Name here: module, class, and what brings it.
 _OTHERS = {
@@ -52,7 +52,7 @@ def make_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) ->
         OptionError: there is none of that name, or it does not take an argument.
         MissingExtra: the package that brings it is not installed.
     """
-    kind = _class_of(settings.optimizer)
+    kind = class_of(settings.optimizer)
     known = [name for name in inspect.signature(kind).parameters if name not in ("self", "params", "lr", "args")]
     given = {}
     for name, value in settings.optimizer_args.items():
@@ -75,7 +75,12 @@ def is_schedule_free(optimizer: Any) -> bool:
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
-def _class_of(name: str) -> Any:
+def class_of(name: str) -> Any:
+    """The class of that name.
+
+    Raises:
+        OptionError, MissingExtra: as `make_optimizer`.
+    """
     plain = {known.replace("-", ""): known for known in known_optimizers()}
     found = plain.get(name.lower().replace("-", "").replace("_", ""))
     if found is None:

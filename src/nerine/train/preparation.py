@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from nerine.errors import MissingExtra, OptionError
+from nerine.files.detect import dialect_named
 from nerine.model.network import Network
 from nerine.model.pipeline import Parts
-from nerine.train.adapting import adapt, freeze, trained_parts
+from nerine.model.targets import find_targets
+from nerine.train.adapting import adapt, freeze, trained_parts, what_of, where_of
 from nerine.train.batch import Picture
 from nerine.train.data.buckets import Buckets
 from nerine.train.data.feed import Feed
@@ -26,12 +28,12 @@ from nerine.train.ema import Ema
 from nerine.train.families.base import Base
 from nerine.train.objective import Objective
 from nerine.train.opening import open_base
-from nerine.train.optimizer import groups_of, make_optimizer
+from nerine.train.optimizer import class_of, groups_of, make_optimizer
 from nerine.train.placing import checkpoint_activations, offload, quantize
 from nerine.train.randomness import Dice
 from nerine.train.rates import Rates
 from nerine.train.settings import TrainSettings
-from nerine.train.sharding import shard
+from nerine.train.sharding import check_shared, shard
 from nerine.train.step import Step
 from nerine.train.watching import Watcher
 
@@ -136,8 +138,10 @@ def prepare(settings: TrainSettings, watcher: Watcher, accelerator: Any | None =
     accelerator = engine(settings) if accelerator is None else accelerator
     dice = Dice(settings.optimizer.seed)
     device, batch = accelerator.device, settings.optimizer.batch_size * accelerator.num_processes
+    check_early(settings)
     base = open_base(settings.base)
     freeze(base)
+    find_targets(trained_parts(base, settings.adapter), what_of(settings.adapter), *where_of(settings.adapter))
     pictures, held, data = _pictures(settings, dice)
     feeds = _feeds(settings, base, dice, batch, (pictures, held))
     data.buckets, data.filled = feeds[0].order.counts(), feeds[0].order.filled
@@ -172,6 +176,19 @@ def prepare(settings: TrainSettings, watcher: Watcher, accelerator: Any | None =
         data=data,
         steps=steps,
     )
+
+
+def check_early(settings: TrainSettings) -> None:
+    """Whether names and packages are there that are asked for only after hours of encoding.
+
+    Raises:
+        OptionError, MissingExtra: one is not.
+    """
+    what_of(settings.adapter)
+    class_of(settings.optimizer.optimizer)
+    dialect_named(settings.output.dialect)
+    if settings.base.shard:
+        check_shared()
 
 
 def _pictures(settings: TrainSettings, dice: Dice) -> tuple[list[Picture], list[Picture], DataReport]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from nerine.errors import OptionError
 
-__all__ = ["shard"]
+__all__ = ["check_shared", "shard"]
 
 
 def shard(denoiser: nn.Module, device: torch.device) -> None:
@@ -19,8 +19,7 @@ def shard(denoiser: nn.Module, device: torch.device) -> None:
     Raises:
         OptionError: there is only one process.
     """
-    if not dist.is_initialized() or dist.get_world_size() < 2:
-        raise OptionError("shard: there is one process, which cannot share; start several, as with accelerate launch")
+    check_shared()
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -28,6 +27,12 @@ def shard(denoiser: nn.Module, device: torch.device) -> None:
     for block in blocks_of(denoiser):
         fully_shard(block, mesh=mesh)
     fully_shard(denoiser, mesh=mesh)
+
+
+def check_shared() -> None:
+    """Raises OptionError where there is only one process."""
+    if not dist.is_initialized() or dist.get_world_size() < 2:
+        raise OptionError("shard: there is one process, which cannot share; start several, as with accelerate launch")
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:

@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import multiprocessing
 import platform
 import statistics
@@ -37,8 +38,9 @@ import nerine
 from nerine import BOFT, IA3, DiagOFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from nerine.algorithms import Algorithm
 from nerine.tiny import Judge, colour_distance, drop_prompts, held_out_loss, load_pipeline, prompt, style_set
+from nerine.tiny.data import to_image
 from nerine.tiny.losses import TIMESTEPS, flow_error
-from nerine.tiny.sheet import grid
+from nerine.train.drawing import contact_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -145,6 +147,7 @@ def trained(contestant: Contestant, lr: float, seed: int, steps: int, draws: boo
     unet.eval()
     found: dict[str, Any] = {"loss": held_out_loss(unet, held, data.held_out.pictures), "seconds": seconds}
     found["values"] = sum(p.numel() for p in parameters)
+    found["loss"] = found["loss"] if math.isfinite(found["loss"]) else None  # too high a rate; no number in JSON either
     return {**found, **(drawn(pipeline) if draws else {})}
 
 
@@ -162,16 +165,21 @@ def drawn(pipeline: Any) -> dict[str, Any]:
     }
 
 
-def best_rate(contestant: Contestant, steps: int) -> tuple[float, dict[str, float]]:
+def lowest(tried: dict[float, float | None]) -> float:
+    """The rate of the lowest loss; those that led to none are the worst."""
+    return min(tried, key=lambda rate: math.inf if tried[rate] is None else tried[rate])
+
+
+def best_rate(contestant: Contestant, steps: int) -> tuple[float, dict[str, float | None]]:
     """The rate of the lowest held-out loss, and all that were tried."""
     tried = {rate: trained(contestant, rate, TRIAL_SEED, steps, False)["loss"] for rate in RATES}
     for _ in range(MOVES):
-        best = min(tried, key=lambda rate: tried[rate])
+        best = lowest(tried)
         beyond = best * STRIDE if best == max(tried) else best / STRIDE if best == min(tried) else None
         if beyond is None:
             break
         tried[beyond] = trained(contestant, beyond, TRIAL_SEED, steps, False)["loss"]
-    return min(tried, key=lambda rate: tried[rate]), {f"{rate:g}": loss for rate, loss in sorted(tried.items())}
+    return lowest(tried), {f"{rate:g}": loss for rate, loss in sorted(tried.items())}
 
 
 def study(contestant: Contestant, lr: float | None, steps: int) -> dict[str, Any]:
@@ -232,10 +240,14 @@ def picture(found: dict[str, Any]) -> None:
     """The grid: the base, every contestant's first run, and real pictures in the style."""
     data = style_set(STYLE).held_out
     real = torch.stack([data.pictures[(data.digits == digit).nonzero()[0, 0]] for digit in SHOWN])
-    rows = {"base": found["base"], **found["rows"]}
-    shown = {name: torch.tensor(row["pictures"]).float() / 127.5 - 1 for name, row in rows.items()}
-    title = f"{found['steps']} steps on the digits 0 to 4 in this style; the same noise in every row"
-    grid({**shown, "target": real}, [prompt(d, STYLE).removeprefix("a handwritten ") for d in SHOWN], PICTURE, title)
+    from PIL import Image
+
+    drawn = {"base": found["base"], **found["rows"]}
+    shown = {name: torch.tensor(row["pictures"]).float() / 127.5 - 1 for name, row in drawn.items()}
+    rows = {**shown, "real pictures": real}
+    tiles = [[to_image(p).resize((96, 96), Image.Resampling.BICUBIC) for p in some] for some in rows.values()]
+    names = [name.replace("³", "3") for name in rows]  # a sign that Pillow's font does not have
+    contact_sheet(tiles, names, [prompt(d, STYLE).removeprefix("a handwritten ") for d in SHOWN], PICTURE)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from nerine.cli.shared import FORCE, JSON, bar, show, split_strength
-from nerine.errors import FormatError, OptionError
+from nerine.errors import OptionError
 
 __all__ = ["generate"]
 
@@ -17,10 +17,11 @@ def generate(
     prompts: list[str] = typer.Argument(..., help="What to draw; several may be given."),
     base: str = typer.Option("tiny", "--base", help='A diffusers folder, a checkpoint in one file, or "tiny".'),
     base_config: Path | None = typer.Option(None, "--base-config", help="For a file: the folder of configurations."),
+    download: bool = typer.Option(False, "--download", help="For a file: fetch its configurations from the hub."),
     adapters: list[str] = typer.Option(
         [], "--adapter", help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.4; several may be given."
     ),
-    out: Path = typer.Option(Path("pictures"), "--out", "-o", help="A folder, or a .png for one sheet."),
+    out: Path = typer.Option(Path("pictures"), "--out", "-o", help="A folder, or a .png: several are put on a sheet."),
     seeds: list[int] = typer.Option([0], "--seed", help="Of the noise; several may be given."),
     grid: str | None = typer.Option(None, "--grid", help="strengths=0,0.5,1 or seeds=1,2,3: the columns of a sheet."),
     steps: int = typer.Option(20, min=1, help="Denoising steps."),
@@ -42,23 +43,22 @@ def generate(
     from nerine.train.settings import BaseSettings
 
     strengths, grid_seeds = _grid(grid)
-    if out.suffix.lower() == ".png" and out.exists() and not force:
-        raise FormatError(f"{out}: there is such a file already; --force replaces it")
     if grid is not None and out.suffix.lower() != ".png":
         raise OptionError(f"--grid makes one sheet: give a file, as in --out sheet.png, found {out}")
     if dtype not in ("auto", "fp32", "fp16", "bf16"):
         raise OptionError(f"--dtype: expected auto, fp32, fp16 or bf16, found {dtype!r}")
-    opened = open_base(BaseSettings(base=base, config=base_config, device=device, dtype=dtype))
+    opened = open_base(BaseSettings(base=base, config=base_config, download=download, device=device, dtype=dtype))
     place(opened, device)
-    networks = put_on(opened, [AdapterFile(*split_strength(text)) for text in adapters])
+    worn = put_on(opened, [AdapterFile(*split_strength(text)) for text in adapters])
     with bar("drawing") as progress:
         report = draw(
             opened,
             prompts,
             out,
-            networks=networks,
+            adapters=worn,
             strengths=strengths,
             seeds=grid_seeds or seeds,
+            force=force,
             progress=progress,
             negative=negative,
             steps=steps,

@@ -42,7 +42,7 @@ class TerminalWatcher(Watcher):
         if not self.speaks:
             return
         if not self.console.is_terminal:
-            if done == total or time.monotonic() - self._said > 10:
+            if done == total or (self._said and time.monotonic() - self._said > 10):
                 self._say(f"{what}: {done} of {total}")
                 self._said = time.monotonic()
             return

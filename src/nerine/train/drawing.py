@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nerine.api import load
-from nerine.errors import FormatError, OptionError
+from nerine.errors import OptionError
 from nerine.files.atomic import replacing
+from nerine.model.adapter import check_strength
 from nerine.model.network import Network
 from nerine.model.strengths import Strength
 from nerine.tables import listing
+from nerine.tools.output import check_output
 from nerine.train.families import Base
 
-__all__ = ["AdapterFile", "DrawingReport", "contact_sheet", "generate", "put_on"]
+__all__ = ["AdapterFile", "DrawingReport", "Worn", "contact_sheet", "generate", "put_on"]
 
 Progress = Callable[[int, int, str], None]
+Place = tuple[int, int, float]  # number of the prompt, seed, strength
 SMALLEST, LARGEST = 96, 384  # pixels of a picture in a sheet
 GAP, LINE = 8, 15  # pixels between pictures, and of a line of text
 _INK, _SOFT, _PAPER = (20, 20, 30), (110, 110, 125), (255, 255, 255)
+_OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -31,25 +36,37 @@ class AdapterFile:
     file: str
     strength: Strength = 1.0
 
+    def __str__(self) -> str:
+        if not isinstance(self.strength, Mapping):
+            return f"{self.file}:{self.strength:g}"
+        return f"{self.file}:{','.join(f'{match}={number:g}' for match, number in self.strength.items())}"
+
+
+@dataclass(frozen=True)
+class Worn:
+    """An adapter that a base wears: where it came from, and what it became."""
+
+    file: AdapterFile
+    network: Network
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingReport:
-    """What was drawn: the files, and for each picture its prompt, seed and strength."""
+    """What was drawn: the files, and for each picture its file, prompt, seed and strength."""
 
     files: tuple[str, ...]
     pictures: tuple[Mapping[str, Any], ...]
     seconds: float
-    notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         return {"files": list(self.files), "pictures": [dict(p) for p in self.pictures], "seconds": self.seconds}
 
     def __str__(self) -> str:
         rows = [("pictures", f"{len(self.pictures)} in {self.seconds:.1f} s"), *(("file", file) for file in self.files)]
-        return "\n".join([listing(rows), *self.notes])
+        return listing(rows)
 
 
-def put_on(base: Base, adapters: Sequence[AdapterFile]) -> list[Network]:
+def put_on(base: Base, adapters: Sequence[AdapterFile]) -> list[Worn]:
     """Load the adapters into the base's pipeline, ready to draw.
 
     Raises:
@@ -59,7 +76,7 @@ def put_on(base: Base, adapters: Sequence[AdapterFile]) -> list[Network]:
     for number, one in enumerate(adapters):
         network = load(base.pipeline, one.file, strength=one.strength, name=f"adapter{number}")
         network.requires_grad_(False).eval()
-        found.append(network)
+        found.append(Worn(one, network))
     return found
 
 
@@ -68,79 +85,128 @@ def generate(
     prompts: Sequence[str],
     out: Path,
     *,
-    networks: Sequence[Network] = (),
+    adapters: Sequence[Worn] = (),
     strengths: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
+    force: bool = False,
     progress: Progress | None = None,
     **drawing: Any,
 ) -> DrawingReport:
     """Draw every prompt with every seed, and with `strengths` at each of these (which multiply those of the adapters).
 
-    `out` is a folder for single pictures, or a .png for one sheet: a row for each prompt (and seed), a column for each
-    strength, or for each seed. `drawing` is handed to `Base.draw`: negative, steps, guidance, size.
+    `out` is a folder for single pictures, or a .png: for the picture, where there is one, else for a sheet with a row
+    for each prompt (and seed) and a column for each strength, or for each seed. `drawing` is handed to `Base.draw`:
+    negative, steps, guidance, size.
 
     Raises:
-        OptionError: there is nothing to draw, or strengths without adapters.
+        OptionError: there is nothing to draw, a file is there and `force` is not set, the base does not draw that
+            size, or there are strengths without adapters.
     """
-    if not prompts:
-        raise OptionError("prompts: expected at least one")
-    if strengths and not networks:
+    if not prompts or not seeds:
+        raise OptionError("prompts and seeds: expected at least one of each")
+    if strengths and not adapters:
         raise OptionError("strengths: there is no adapter whose strength could be changed")
-    began, done = time.monotonic(), 0
-    own = [[adapter.strength for *_, adapter in network.adapters()] for network in networks]
-    drawn: dict[tuple[int, int, float], Any] = {}
-    levels = list(strengths) or [1.0]
-    try:
-        for level in levels:
-            _scale(networks, own, level)
-            for seed in seeds:
-                for number, prompt in enumerate(prompts):
-                    drawn[number, seed, level] = base.draw([prompt], seeds=[seed], **drawing)[0]
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(levels) * len(seeds) * len(prompts), prompt)
-    finally:
-        _scale(networks, own, 1.0)
-    shown = tuple({"prompt": prompts[n], "seed": seed, "strength": level} for n, seed, level in drawn)
-    if out.suffix.lower() == ".png":
-        files = [_sheet(drawn, prompts, seeds, levels, out)]
+    for level in strengths:
+        check_strength(level)
+    if drawing.get("size") is not None:
+        base.check_size(*drawing["size"])
+    began = time.monotonic()
+    levels = list(dict.fromkeys(strengths)) or [1.0]
+    keys = [(n, seed, level) for level in levels for seed in dict.fromkeys(seeds) for n in range(len(prompts))]
+    files = _files(keys, prompts, out, [one.file.file for one in adapters], force)
+    drawn = _drawn(base, prompts, keys, adapters, drawing, progress)
+    if len(keys) > 1 and out.suffix.lower() == ".png":
+        _sheet(drawn, prompts, list(dict.fromkeys(seeds)), levels, out)
     else:
-        files = [_single(drawn[key], out, facts, drawing) for key, facts in zip(drawn, shown, strict=True)]
-    return DrawingReport(files=tuple(map(str, files)), pictures=shown, seconds=time.monotonic() - began)
+        common = {"base": _named(base), "adapters": ", ".join(str(one.file) for one in adapters) or "none"}
+        for key in keys:
+            n, seed, level = key
+            size = "x".join(map(str, drawn[key].size))
+            guidance = base.guidance if drawing.get("guidance") is None else drawing["guidance"]
+            own = {"prompt": prompts[n], "seed": seed, "strength": f"{level:g}", "size": size, "guidance": guidance}
+            _single(drawn[key], files[key], {**drawing, **own, **common})
+    shown = tuple(
+        {"file": str(files[n, seed, level]), "prompt": prompts[n], "seed": seed, "strength": level}
+        for n, seed, level in keys
+    )
+    written = tuple(dict.fromkeys(map(str, files.values())))
+    return DrawingReport(files=written, pictures=shown, seconds=time.monotonic() - began)
 
 
-def _scale(networks: Sequence[Network], own: Sequence[Sequence[float]], level: float) -> None:
-    for network, strengths in zip(networks, own, strict=True):
-        for (*_, adapter), strength in zip(network.adapters(), strengths, strict=True):
-            adapter.strength = strength * level
+def _named(base: Base) -> str:
+    return f"{type(base.pipeline).__name__} {getattr(base.pipeline, 'name_or_path', '') or ''}".strip()
 
 
-def _single(picture: Any, folder: Path, facts: Mapping[str, Any], drawing: Mapping[str, Any]) -> Path:
+def _files(
+    keys: Sequence[Place], prompts: Sequence[str], out: Path, inputs: Sequence[str], force: bool
+) -> dict[Place, Path]:
+    """Where each picture goes to; found out before an hour is spent on drawing them.
+
+    Raises:
+        OptionError: it cannot go there.
+    """
+    if out.suffix.lower() in _OTHERS:
+        raise OptionError(f"{out}: pictures are written as .png, for they keep what they were drawn from")
+    if out.suffix.lower() == ".png":
+        check_output(out, inputs, force)
+        return dict.fromkeys(keys, out)
+    words = [_words(prompt) for prompt in prompts]
+    if len(set(words)) < len(words):
+        words = [f"{number:02d}-{word}" for number, word in enumerate(words)]
+    found = {(n, seed, level): out / f"{words[n]}-{seed}-{level:g}.png" for n, seed, level in keys}
+    for file in found.values():
+        if os.path.lexists(file):
+            check_output(file, inputs, force)
+    return found
+
+
+def _words(prompt: str) -> str:
+    """A prompt as a part of a file's name: letters, digits and hyphens."""
+    return "".join(c if c.isalnum() else "-" for c in prompt.lower())[:40].strip("-") or "picture"
+
+
+def _drawn(
+    base: Base,
+    prompts: Sequence[str],
+    keys: Sequence[Place],
+    adapters: Sequence[Worn],
+    drawing: Mapping[str, Any],
+    progress: Progress | None,
+) -> dict[Place, Any]:
+    """The pictures, one by one, so that each is the same whatever it is drawn with."""
+    layers = [adapter for one in adapters for *_, adapter in one.network.adapters()]
+    own = [adapter.strength for adapter in layers]
+    drawn: dict[Place, Any] = {}
+    try:
+        for done, key in enumerate(keys, 1):
+            number, seed, level = key
+            for adapter, strength in zip(layers, own, strict=True):
+                adapter.strength = strength * level
+            drawn[key] = base.draw([prompts[number]], seeds=[seed], **drawing)[0]
+            if progress is not None:
+                progress(done, len(keys), prompts[number])
+    finally:
+        for adapter, strength in zip(layers, own, strict=True):
+            adapter.strength = strength
+    return drawn
+
+
+def _single(picture: Any, file: Path, facts: Mapping[str, Any]) -> None:
     """One PNG, with what it was drawn from in its text."""
     from PIL.PngImagePlugin import PngInfo
 
-    folder.mkdir(parents=True, exist_ok=True)
-    words = "".join(c if c.isalnum() else "-" for c in facts["prompt"].lower())[:40].strip("-") or "picture"
-    file = folder / f"{words}-{facts['seed']}-{facts['strength']:g}.png"
-    if file.exists():
-        raise FormatError(f"{file}: there is such a file already; choose another --out")
     info = PngInfo()
-    for key, value in {**facts, **drawing}.items():
-        info.add_text(key, str(value))
+    for key, value in facts.items():
+        info.add_itxt(key, str(value))
+    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as out:
         picture.save(out, format="PNG", pnginfo=info)
-    return file
 
 
 def _sheet(
-    drawn: Mapping[tuple[int, int, float], Any],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    levels: Sequence[float],
-    file: Path,
-) -> Path:
-    by_strength = len(levels) > 1
-    if by_strength:
+    drawn: Mapping[Place, Any], prompts: Sequence[str], seeds: Sequence[int], levels: Sequence[float], file: Path
+) -> None:
+    if len(levels) > 1:
         columns = [f"strength {level:g}" for level in levels]
         keys = [[(n, seed, level) for level in levels] for n in range(len(prompts)) for seed in seeds]
         several = len(seeds) > 1
@@ -150,7 +216,6 @@ def _sheet(
         keys = [[(n, seed, levels[0]) for seed in seeds] for n in range(len(prompts))]
         rows = list(prompts)
     contact_sheet([[drawn[key] for key in row] for row in keys], rows, columns, file)
-    return file
 
 
 def contact_sheet(pictures: Sequence[Sequence[Any]], rows: Sequence[str], columns: Sequence[str], file: Path) -> None:

@@ -5,6 +5,7 @@ Nothing is fetched unless the settings allow it, and nothing is printed.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nerine.errors import FormatError, MissingExtra, OptionError
+from nerine.errors import FormatError, MissingExtra, OptionError, shown
 from nerine.tiny import load_pipeline
 from nerine.train.families import Base, family_of
 from nerine.train.settings import BaseSettings
@@ -22,6 +23,14 @@ from nerine.train.settings import BaseSettings
 __all__ = ["open_base", "place"]
 
 INDEX = "model_index.json"
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+)  # what diffusers raises at such files
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -40,11 +49,12 @@ def open_base(settings: BaseSettings) -> Base:
     path = Path(settings.base)
     if not path.exists():
         raise OptionError(f'base: nothing is at {path}; expected a folder of diffusers, a checkpoint, or "tiny"')
+    diffusers = _diffusers()
     with _quiet():
-        pipeline = _folder(path, dtype) if path.is_dir() else _file(path, settings, dtype)
-    base = family_of(pipeline)
-    if base.vae is not None and dtype == torch.float16:  # SDXL's VAE overflows in fp16
-        base.vae.to(torch.float32)
+        pipeline = (_folder if path.is_dir() else _file)(diffusers, path, settings, dtype)
+        base = family_of(pipeline)
+        if base.vae is not None and dtype == torch.float16:  # SDXL's VAE overflows in fp16
+            base.vae.to(torch.float32)
     return base
 
 
@@ -72,54 +82,88 @@ def place(base: Base, device: str) -> None:
                 raise OptionError(f"--device {device}: {error}") from error
 
 
-def _folder(path: Path, dtype: torch.dtype) -> Any:
+def _folder(diffusers: Any, path: Path, settings: BaseSettings, dtype: torch.dtype) -> Any:
     if not (path / INDEX).is_file():
         raise OptionError(f"base: {path} has no {INDEX}; expected the folder of a whole pipeline of diffusers")
-    diffusers = _diffusers()
-    if _is_tiny(path):
+    name = _class_name(path)
+    if name == "TinyPipeline":
         return load_pipeline(dtype, path)
+    kind = _class(diffusers, name, path / INDEX)
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        return kind.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+    except _DAMAGE as error:
         raise FormatError(f"base: the pipeline in {path} cannot be opened: {error}") from error
 
 
-def _is_tiny(path: Path) -> bool:
-    return '"TinyPipeline"' in (path / INDEX).read_text(encoding="utf-8")
-
-
-def _file(path: Path, settings: BaseSettings, dtype: torch.dtype) -> Any:
-    """A checkpoint in one file. Its configurations are beside it in a folder, or fetched."""
-    if settings.config is None and not settings.download:
+def _file(diffusers: Any, path: Path, settings: BaseSettings, dtype: torch.dtype) -> Any:
+    """A checkpoint in one file. Its configurations are in a folder, or fetched."""
+    config = settings.config
+    if config is None and not settings.download:
         raise OptionError(
             f"base: {path} holds weights and no configurations. Give the folder that has them with --base-config (in "
             "diffusers' layout; no weights are needed in it), or allow --download to fetch them"
         )
-    if settings.config is not None and not (settings.config / INDEX).is_file():
-        raise OptionError(f"config: {settings.config} has no {INDEX}; expected a folder of configurations")
-    diffusers = _diffusers()
-    where = {"config": str(settings.config)} if settings.config is not None else {}
-    kind = _class_in(settings.config) if settings.config is not None else diffusers.StableDiffusionPipeline
+    if config is not None and not (config / INDEX).is_file():
+        raise OptionError(f"config: {config} has no {INDEX}; expected a folder of configurations")
     try:
-        return kind.from_single_file(str(path), torch_dtype=dtype, local_files_only=not settings.download, **where)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        where = str(config) if config is not None else _likely_model(diffusers, path)
+    except _DAMAGE as error:
+        raise FormatError(f"base: the checkpoint {path} is of no model that is known: {error}") from error
+    name = _class_name(config) if config is not None else _fetched_class_name(diffusers, where)
+    kind = _class(diffusers, name, f"{where}/{INDEX}")
+    if not hasattr(kind, "from_single_file"):
+        raise FormatError(f"config: {where}/{INDEX} names {name}, which cannot be opened from a single file")
+    options = {"torch_dtype": dtype, "local_files_only": not settings.download, "config": where}
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    try:
+        return kind.from_single_file(str(path), **options)
+    except (*_DAMAGE, SingleFileComponentError) as error:
         raise FormatError(f"base: the checkpoint {path} cannot be opened: {error}") from error
 
 
-def _class_in(config: Path) -> Any:
-    import json
+def _class_name(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:  # bytes that are no text are a ValueError too
+        raise FormatError(
+            f"{folder / INDEX}: expected a JSON object with the name of a pipeline in _class_name"
+        ) from error
 
-    diffusers = _diffusers()
-    name = json.loads((config / INDEX).read_text(encoding="utf-8")).get("_class_name")
-    kind = getattr(diffusers, str(name), None)
-    if kind is None or not hasattr(kind, "from_single_file"):
-        raise FormatError(f"config: {config / INDEX} names {name!r}, which cannot be opened from a single file")
+
+def _class(diffusers: Any, name: str, where: Path | str) -> Any:
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise FormatError(
+            f"{where}: names {shown(name)!r}, which is no pipeline of diffusers {diffusers.__version__}; a newer "
+            "diffusers may know it"
+        )
     return kind
+
+
+def _likely_model(diffusers: Any, path: Path) -> str:
+    """The name on the hub of the model whose configurations fit the weights in the file."""
+    from diffusers.loaders import single_file_utils as single
+
+    found: str = single.fetch_diffusers_config(single.load_single_file_checkpoint(str(path)))[
+        "pretrained_model_name_or_path"
+    ]
+    return found
+
+
+def _fetched_class_name(diffusers: Any, model: str) -> str:
+    try:
+        return str(diffusers.DiffusionPipeline.load_config(model)["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"download: the configurations of {model} cannot be fetched ({error}); give a folder with --base-config"
+        ) from error
 
 
 def _diffusers() -> Any:
     try:
         import diffusers
+        import transformers  # noqa: F401  (the pipelines of diffusers need it, and say so late)
     except ImportError as error:
         raise MissingExtra(f'training needs diffusers ({error}): pip install "nerine[train]"') from error
     return diffusers

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nerine.errors import MissingExtra, OptionError
+from nerine.errors import MissingExtra, OptionError, nearest
 
 __all__ = ["Float8Linear", "checkpoint_activations", "offload", "quantize"]
 
@@ -27,15 +27,19 @@ def quantize(denoiser: nn.Module, how: str) -> int:
 
     Raises:
         MissingExtra: the package that does it is not installed.
-        OptionError: there is no layer that could be.
+        OptionError: there is no layer that could be, or no such format.
     """
+    if how not in _MAKERS:
+        raise OptionError(f"quantize: there is no format {how!r}. {nearest(how, _MAKERS)}")
     layers = [(parent, name, layer) for parent, name, layer in _block_layers(denoiser) if _fits(layer, how)]
     if not layers:
         raise OptionError(f"quantize: {type(denoiser).__name__} has no linear layers in blocks that could be {how}")
     try:
         make = _MAKERS[how]()
     except ImportError as error:
-        raise MissingExtra(f'quantize = "{how}" needs {error.name}: pip install "nerine[quant]"') from error
+        raise MissingExtra(
+            f'quantize = "{how}" needs a package that is not installed ({error}): pip install "nerine[quant]"'
+        ) from error
     for parent, name, layer in layers:
         setattr(parent, name, make(layer).requires_grad_(False))
     return len(layers)

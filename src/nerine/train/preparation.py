@@ -37,7 +37,7 @@ from nerine.train.sharding import check_shared, shard
 from nerine.train.step import Step
 from nerine.train.watching import Watcher
 
-__all__ = ["Run", "engine", "prepare"]
+__all__ = ["Run", "engine", "prepare", "sample_size"]
 
 STEPS = 1000  # where neither steps nor epochs are given
 
@@ -141,6 +141,8 @@ def prepare(settings: TrainSettings, watcher: Watcher, accelerator: Any | None =
     check_early(settings)
     base = open_base(settings.base)
     freeze(base)
+    if settings.samples.prompts:
+        base.check_size(*sample_size(settings, base))
     find_targets(trained_parts(base, settings.adapter), what_of(settings.adapter), *where_of(settings.adapter))
     pictures, held, data = _pictures(settings, dice)
     feeds = _feeds(settings, base, dice, batch, (pictures, held))
@@ -176,6 +178,12 @@ def prepare(settings: TrainSettings, watcher: Watcher, accelerator: Any | None =
         data=data,
         steps=steps,
     )
+
+
+def sample_size(settings: TrainSettings, base: Base) -> tuple[int, int]:
+    """(width, height) of the pictures drawn on the way: as asked for, else of the resolution, in whole steps."""
+    side = max(1, (settings.data.resolution or base.resolution) // base.step) * base.step
+    return settings.samples.sample_width or side, settings.samples.sample_height or side
 
 
 def check_early(settings: TrainSettings) -> None:

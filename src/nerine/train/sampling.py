@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nerine.files.atomic import replacing_folder
-from nerine.train.preparation import Run
+from nerine.train.preparation import Run, sample_size
 from nerine.train.validation import resting
 
 __all__ = ["draw_samples"]
@@ -22,15 +22,13 @@ def draw_samples(run: Run, step: int) -> list[Path]:
     settings = run.settings.samples
     if not settings.prompts or not (run.is_first or run.settings.base.shard):
         return []
-    width, height = settings.sample_width, settings.sample_height
-    resolution = run.settings.data.resolution or run.base.resolution
     with resting(run.network), _awake(run), run.accelerator.autocast():
         pictures = run.base.draw(
             settings.prompts,
             negative=settings.negative,
             steps=settings.sample_steps,
             guidance=settings.guidance,
-            size=(width or resolution, height or resolution),
+            size=sample_size(run.settings, run.base),
             seeds=[settings.sample_seed + number for number in range(len(settings.prompts))],
         )
     if not run.is_first:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import nerine
 from commands import run
+from nerine.errors import OptionError
 from nerine.tiny import load_pipeline
 from nerine.train.drawing import AdapterFile, contact_sheet, generate, put_on
 from nerine.train.families import family_of
@@ -49,7 +50,85 @@ def test_single_pictures_say_what_they_are(tmp_path: Path, capsys: pytest.Captur
     assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a handwritten seven", "2", "2")
     again = run(capsys, "generate", "a handwritten seven", "--seed", 1, "-o", tmp_path / "p", *SHORT)
     assert again.code == 1
-    assert "there is such a file already" in again.err
+    assert "there is a file of that name; choose another, or say --force" in again.err
+    before = files[0].read_bytes()
+    files[0].write_bytes(b"")
+    forced = run(
+        capsys, "generate", "../x", "a handwritten seven", "--seed", 1, "-o", tmp_path / "p", "--force", *SHORT
+    )
+    assert forced.code == 0, forced.err
+    assert files[0].read_bytes() == before
+
+
+def test_one_picture_may_be_a_file(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the picture alone, without a name beside it, and says all that it was drawn from."""
+    file = tmp_path / "one.png"
+    done = run(
+        capsys, "generate", "zwölf", "--adapter", f"{adapter}:unet=0.5", "--seed", 3, "-o", file, "--json", *SHORT
+    )
+    assert done.code == 0, done.err
+    found = Image.open(file)
+    assert found.size == (16, 16)
+    facts: dict[str, str] = dict(found.text)  # type: ignore[attr-defined]
+    assert facts.pop("base").startswith("TinyPipeline")
+    assert facts == {
+        "prompt": "zwölf",
+        "seed": "3",
+        "strength": "1",
+        "steps": "2",
+        "guidance": "2.0",
+        "negative": "",
+        "size": "16x16",
+        "adapters": f"{adapter}:unet=0.5",
+    }
+    assert json.loads(done.out)["pictures"] == [{"file": str(file), "prompt": "zwölf", "seed": 3, "strength": 1.0}]
+    assert run(capsys, "generate", "a", "-o", file, *SHORT).code == 1
+    assert Image.open(file).text["prompt"] == "zwölf"  # type: ignore[attr-defined]
+
+
+def test_prompts_that_begin_alike_have_files_of_their_own(tmp_path: Path) -> None:
+    base = family_of(load_pipeline())
+    prompts = ["a handwritten seven of a colour such as " + colour for colour in ("red", "blue")]
+    report = generate(base, [*prompts, "?"], tmp_path / "p", seeds=[1], steps=1)
+    names = [Path(file).name for file in report.files]
+    stem = "a-handwritten-seven-of-a-colour-such-as"
+    assert names == [f"00-{stem}-1-1.png", f"01-{stem}-1-1.png", "02-picture-1-1.png"]
+    assert {Image.open(file).text["prompt"] for file in report.files} == {*prompts, "?"}  # type: ignore[attr-defined]
+
+
+def test_nothing_is_drawn_that_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = family_of(load_pipeline())
+    monkeypatch.setattr(base, "draw", lambda *given, **options: pytest.fail("it was drawn"))
+    (tmp_path / "a-7-1.png").touch()
+    (tmp_path / "s.png").touch()
+    for out, words in (
+        (tmp_path, "there is a file of that name"),
+        (tmp_path / "s.png", "there is a file of that name"),
+        (tmp_path / "gone" / "s.png", "does not exist; create it first"),
+        (tmp_path / "s.jpg", r"written as \.png"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            generate(base, ["b", "a"], out, seeds=[6, 7], steps=1)
+
+
+def test_strengths_by_part_keep_their_proportion(adapter: Path, tmp_path: Path) -> None:
+    """At half the strength, each part has half of its own; and afterwards what it had before."""
+    base = family_of(load_pipeline())
+    (worn,) = put_on(base, [AdapterFile(str(adapter), {"unet": 0.8, "text_encoder": 0.4})])
+    seen: list[set[float]] = []
+    draw = base.draw
+
+    def watched(*given: object, **options: object) -> list[object]:
+        seen.append({round(one.strength, 6) for *_, one in worn.network.adapters()})
+        return draw(*given, **options)  # type: ignore[arg-type]
+
+    base.draw = watched  # type: ignore[method-assign, assignment]
+    with pytest.raises(OptionError, match="finite"):
+        generate(base, ["a"], tmp_path / "s.png", adapters=[worn], strengths=[0, float("nan")], steps=1)
+    assert seen == []
+    generate(base, ["a"], tmp_path / "s.png", adapters=[worn], strengths=[0, 0.5, 1], steps=1)
+    assert seen == [{0.0}, {0.4, 0.2}, {0.8, 0.4}]
+    assert {one.strength for *_, one in worn.network.adapters()} == {0.8, 0.4}
 
 
 def test_strengths_are_columns_and_zero_is_the_base(
@@ -63,12 +142,12 @@ def test_strengths_are_columns_and_zero_is_the_base(
     assert [p["strength"] for p in json.loads(done.out)["pictures"]] == [0.0, 1.0, 2.0]
     base = family_of(load_pipeline())
     plain = base.draw(["a handwritten two"], steps=2)[0]
-    networks = put_on(base, [AdapterFile(str(adapter), 0.5)])
-    report = generate(base, ["a handwritten two"], tmp_path / "d", networks=networks, strengths=[0.0, 1.0], steps=2)
+    worn = put_on(base, [AdapterFile(str(adapter), 0.5)])
+    report = generate(base, ["a handwritten two"], tmp_path / "d", adapters=worn, strengths=[0.0, 1.0], steps=2)
     zero, one = (pixels(Path(file)) for file in report.files)
     assert (zero == numpy.asarray(plain, dtype=int)).all()
     assert numpy.abs(one - zero).max() > 30
-    assert {adapter.strength for *_, adapter in networks[0].adapters()} == {0.5}
+    assert {adapter.strength for *_, adapter in worn[0].network.adapters()} == {0.5}
 
 
 @pytest.mark.parametrize(

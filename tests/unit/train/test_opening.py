@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nerine
-from nerine.errors import FormatError, OptionError, UnsupportedBase
+from nerine.errors import FormatError, MissingExtra, OptionError, UnsupportedBase
+from nerine.files.names.families.unet import UNET
 from nerine.tiny import style_set
 from nerine.tiny.load import MODEL
 from nerine.train.config import settings_of
@@ -99,24 +102,98 @@ def test_the_little_model_may_lie_in_a_folder() -> None:
     assert open_base(BaseSettings(dtype="bf16")).denoiser.dtype == torch.bfloat16
 
 
-def single_file(folders: Path, file: Path) -> Path:
-    """The UNet, VAE and text encoder of the SD folder as one file, under the names that such files have."""
-    from diffusers.loaders import single_file_utils  # noqa: F401  (only to skip where diffusers is too old)
+VAE_NAMES = (  # of one resolution, from diffusers to the original
+    ("down_blocks.0.resnets.", "down.0.block."),
+    ("up_blocks.0.resnets.", "up.0.block."),
+    ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.resnets.1", "mid.block_2"),
+    ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+    ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+    ("mid_block.attentions.0.to_", "mid.attn_1."),
+    ("conv_norm_out", "norm_out"),
+)
 
+
+def single_file(folders: Path, file: Path, without: str = "") -> Path:
+    """UNet, VAE and text encoder of the SD folder in one file, under the names of the original program."""
+    unet_ = load_file(folders / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    shapes = {key.removesuffix(".weight"): tuple(t.shape) for key, t in unet_.items() if key.endswith(".weight")}
+    names = {alias.own: alias.name for alias in UNET.aliases(shapes, "diffusers")["native"]}
     tensors = {}
-    for part, prefix in (("unet", "model.diffusion_model."), ("vae", "first_stage_model.")):
-        weights = load_file(folders / "sd" / part / "diffusion_pytorch_model.safetensors")
-        tensors |= {prefix + key: t for key, t in weights.items()}
-    save_file(tensors, file)
+    for key, t in unet_.items():
+        path, end = key.rsplit(".", 1)
+        tensors[f"model.diffusion_model.{names[path]}.{end}"] = t
+    for key, t in load_file(folders / "sd" / "vae" / "diffusion_pytorch_model.safetensors").items():
+        for ours, theirs in VAE_NAMES:
+            key = key.replace(ours, theirs)
+        tensors[f"first_stage_model.{key}"] = t
+    for key, t in load_file(folders / "sd" / "text_encoder" / "model.safetensors").items():
+        tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = t
+    save_file({key: t for key, t in tensors.items() if not without or not key.startswith(without)}, file)
     return file
 
 
-def test_a_single_file_wants_configurations(folders: Path, tmp_path: Path) -> None:
+def configurations(folders: Path, folder: Path) -> Path:
+    shutil.copytree(folders / "sd", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def test_a_single_file_is_the_model_of_the_folder(folders: Path, tmp_path: Path) -> None:
+    file = single_file(folders, tmp_path / "model.safetensors")
+    base = open_base(BaseSettings(base=str(file), config=configurations(folders, tmp_path / "configs")))
+    whole = open_base(BaseSettings(base=str(folders / "sd")))
+    asked: dict[str, Any] = {"steps": 2, "size": (16, 8)}
+    assert base.draw(["a cat"], **asked)[0].tobytes() == whole.draw(["a cat"], **asked)[0].tobytes()
+    for name, t in whole.pipeline.text_encoder.state_dict().items():
+        assert torch.equal(t, base.pipeline.text_encoder.state_dict()[name]), name
+
+
+def test_a_single_file_wants_configurations_and_all_parts(folders: Path, tmp_path: Path) -> None:
     file = single_file(folders, tmp_path / "model.safetensors")
     with pytest.raises(OptionError, match=r"--base-config .* or allow --download"):
         open_base(BaseSettings(base=str(file)))
     with pytest.raises(OptionError, match=r"has no model_index\.json"):
         open_base(BaseSettings(base=str(file), config=tmp_path))
+    configs = configurations(folders, tmp_path / "configs")
+    with pytest.raises(FormatError, match="Weights for this component appear to be missing"):
+        open_base(
+            BaseSettings(base=str(single_file(folders, tmp_path / "a.safetensors", "model.diff")), config=configs)
+        )
+    (tmp_path / "b.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(FormatError, match=r"b\.safetensors cannot be opened"):
+        open_base(BaseSettings(base=str(tmp_path / "b.safetensors"), config=configs))
+
+
+def test_what_a_file_holds_is_asked_before_it_is_opened(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a download, the pipeline is that of the model whose configurations fit, and not always the same."""
+    import diffusers
+
+    file = tmp_path / "xl.safetensors"
+    save_file({"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": torch.zeros(2)}, file)
+    asked: dict[str, Any] = {}
+
+    def load_config(model: str) -> dict[str, str]:
+        asked["model"] = model
+        return {"_class_name": "StableDiffusionXLPipeline"}
+
+    def from_single_file(path: str, **options: Any) -> Any:
+        asked.update(options)
+        return PIPELINES["sdxl"]()
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "from_single_file", from_single_file)
+    assert open_base(BaseSettings(base=str(file), download=True)).family == "sdxl"
+    assert asked["model"] == asked["config"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert asked["local_files_only"] is False
+
+    def offline(model: str) -> dict[str, str]:
+        raise OSError("no way out")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
+    with pytest.raises(OptionError, match=r"cannot be fetched \(no way out\); give a folder with --base-config"):
+        open_base(BaseSettings(base=str(file), download=True))
 
 
 def test_what_is_no_base_is_named(folders: Path, tmp_path: Path) -> None:
@@ -124,9 +201,37 @@ def test_what_is_no_base_is_named(folders: Path, tmp_path: Path) -> None:
         open_base(BaseSettings(base=str(tmp_path / "gone")))
     with pytest.raises(OptionError, match=r"has no model_index\.json"):
         open_base(BaseSettings(base=str(tmp_path)))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(FormatError, match="cannot be opened"):
         open_base(BaseSettings(base=str(tmp_path)))
+    for name in ("StableConfusionPipeline", "UNet2DConditionModel"):
+        index.write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(FormatError, match=f"names '{name}', which is no pipeline of diffusers"):
+            open_base(BaseSettings(base=str(tmp_path)))
+    for damaged in (b"\xff{", b"[]", b"{}", b"{"):
+        index.write_bytes(damaged)
+        with pytest.raises(FormatError, match="expected a JSON object with the name of a pipeline"):
+            open_base(BaseSettings(base=str(tmp_path)))
+
+
+def test_opening_says_nothing_and_leaves_no_trace(folders: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No progress bars, no advice; and diffusers speaks as loud as before."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    capfd.readouterr()
+    base = open_base(BaseSettings(base=str(folders / "sdxl"), dtype="fp16"))
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert (base.denoiser.dtype, base.vae.dtype) == (torch.float16, torch.float32)  # type: ignore[union-attr]
+    assert base.draw(["a cat"], steps=1, size=(16, 8))[0].size == (16, 8)
+
+
+def test_diffusers_may_not_be_there(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MissingExtra, match=r'pip install "nerine\[train\]"'):
+        open_base(BaseSettings(base=str(folders / "sd")))
 
 
 def test_a_family_that_is_not_known_is_named(folders: Path) -> None:
@@ -197,6 +302,18 @@ def test_quantised_denoisers_are_trained(how: str, package: str) -> None:
 def test_nothing_to_quantise_is_named() -> None:
     with pytest.raises(OptionError, match="no linear layers in blocks that could be nf4"):
         quantize(torch.nn.Sequential(torch.nn.Linear(32, 32)), "nf4")
+
+
+@pytest.mark.parametrize(("how", "package"), [("nf4", "bitsandbytes"), ("int8", "torchao.quantization")])
+def test_packages_that_quantise_may_not_be_there(how: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=rf'quantize = "{how}" .*{package}.*pip install "nerine\[quant\]"'):
+        quantize(wide(), how)
+
+
+def test_a_format_that_is_not_known_is_named() -> None:
+    with pytest.raises(OptionError, match=r"there is no format 'nf5'\. Did you mean 'nf4'"):
+        quantize(wide(), "nf5")
 
 
 @pytest.mark.parametrize("more", [{"quantize": "fp8"}, {"offload": "group"}, {"gradient_checkpointing": True}])

@@ -61,16 +61,22 @@ class AnyTransformer(LatentBase):
                 )
 
     def encode_text(self, captions: Sequence[str]) -> Text:
-        known = inspect.signature(self.pipeline.encode_prompt).parameters
         device = next(iter(self.text_encoders.values())).device
         asked = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": device}
-        found = self.pipeline.encode_prompt(list(captions), **{k: v for k, v in asked.items() if k in known})
+        found = self.pipeline.encode_prompt(list(captions), **asked, **self._manner())
         states, mask = found[0], found[1]
         return (
             {"states": states, "mask": mask}
             if isinstance(mask, Tensor) and self.convention.mask
             else {"states": states}
         )
+
+    def _manner(self) -> dict[str, Any]:
+        """How the pipeline's call has prompts encoded: their length, and what Sana puts in front of them."""
+        known = inspect.signature(self.pipeline.encode_prompt).parameters
+        called = inspect.signature(self.pipeline.__call__).parameters
+        names = ("max_sequence_length", "complex_human_instruction")
+        return {name: called[name].default for name in names if name in known and name in called}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
         more: dict[str, Any] = {}
@@ -81,7 +87,7 @@ class AnyTransformer(LatentBase):
         found: Tensor = self.denoiser(
             noisy.to(self.format),
             encoder_hidden_states=text["states"],
-            timestep=timesteps * (self.convention.times / TIMES),
+            timestep=timesteps * (self.convention.times / TIMES * (self.config.get("timestep_scale") or 1.0)),
             return_dict=False,
             **more,
         )[0]
@@ -91,7 +97,7 @@ class AnyTransformer(LatentBase):
 
     def _sizes(self, sizes: Tensor) -> dict[str, Tensor | None]:
         """What PixArt is told of sizes, where it was trained with them."""
-        if not self.config.get("use_additional_conditions"):
+        if not getattr(self.denoiser, "use_additional_conditions", False):  # the configuration may leave it open
             return {"resolution": None, "aspect_ratio": None}
         shown = sizes[:, 4:6].to(self.format)
         return {"resolution": shown, "aspect_ratio": torch.stack([shown[:, 0] / shown[:, 1]], 1)}

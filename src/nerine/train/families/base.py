@@ -70,6 +70,25 @@ class Base(ABC):
     @abstractmethod
     def step(self) -> int: ...
 
+    @property
+    def grain(self) -> int:
+        """What the sides of drawn pictures must be multiples of, in pixels."""
+        return 1
+
+    def check_size(self, width: int, height: int) -> None:
+        """Whether a picture of this size can be drawn.
+
+        Raises:
+            OptionError: it cannot.
+        """
+        grain = self.grain
+        if width % grain or height % grain:
+            near = "x".join(str(max(grain, (side + grain // 2) // grain * grain)) for side in (width, height))
+            raise OptionError(
+                f"size: {type(self.pipeline).__name__} draws sides that are multiples of {grain} pixels, got "
+                f"{width}x{height}; the nearest is {near}"
+            )
+
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Text:
         """What the denoiser is told of the captions, on the text encoders' device; with gradients where they are on."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from nerine.errors import OptionError
 from nerine.train.batch import Text
 from nerine.train.families.latent import LatentBase
 from nerine.train.schedules import TIMES
@@ -31,6 +32,15 @@ class Flux(LatentBase):
     @property
     def step(self) -> int:
         return 2 * self.scale
+
+    @property
+    def grain(self) -> int:
+        return 2 * self.scale
+
+    def call(self, asked: dict[str, Any], generators: list[torch.Generator], size: tuple[int, int]) -> Any:
+        if "negative_prompt" in asked:  # the pipeline would take it, and not heed it
+            raise OptionError(f"negative: {type(self.pipeline).__name__} takes none, its guidance is distilled into it")
+        return super().call(asked, generators, size)
 
     def encode_text(self, captions: Sequence[str]) -> Text:
         prompts = list(captions)

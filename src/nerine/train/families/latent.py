@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +63,11 @@ class LatentBase(Base):
         halvings = 2 ** (len(blocks) - 1) if blocks else int(config.get("patch_size") or 1)
         return self.scale * halvings
 
+    @property
+    def grain(self) -> int:
+        return self.scale * int(self.config.get("patch_size") or 1)  # UNets have no patches
+
+    @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Latents:
         vae: Any = self.vae
         config, encoded = vae.config, vae.encode(pictures.to(vae.dtype))
@@ -73,8 +80,29 @@ class LatentBase(Base):
             return Latents((encoded.latent.float() - shifts) * scales)
         return Latents((found.mean.float() - shifts) * scales, found.std.float() * scales)
 
+    def call(self, asked: dict[str, Any], generators: list[torch.Generator], size: tuple[int, int]) -> Any:
+        with _decoding_exactly(self.vae):
+            return super().call(asked, generators, size)
+
     @property
     def format(self) -> torch.dtype:
         """The number format that the denoiser takes its inputs in."""
         found: torch.dtype = self.denoiser.dtype  # type: ignore[assignment]
         return found if found.itemsize > 1 else torch.float32
+
+
+@contextmanager
+def _decoding_exactly(vae: Any) -> Iterator[None]:
+    """Latents are decoded in the number format of the VAE, whatever the denoiser's and whatever autocast says: that of
+    SDXL overflows in fp16, and few pipelines convert."""
+    decode = vae.decode
+
+    def decode_in_its_own(latents: Tensor, *more: Any, **options: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *more, **options)
+
+    vae.decode = decode_in_its_own
+    try:
+        yield
+    finally:
+        del vae.decode

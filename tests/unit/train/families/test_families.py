@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from nerine.errors import OptionError, UnsupportedBase
 from nerine.tiny import load_pipeline
 from nerine.train.families import FAMILIES, Base, family_of
-from tiny_pipelines import LENGTH, PIPELINES, tokenizer, vae
+from tiny_pipelines import PIPELINES, t5, tokenizer, vae
 
 WIDTH, HEIGHT = 16, 8  # pixels, and no square
 STEPS = 3
@@ -34,17 +35,118 @@ def pixart() -> Any:
         out_channels=8,
         use_additional_conditions=False,
     ).eval()
-    torch.manual_seed(3)
-    config = transformers.T5Config(
-        d_model=16, d_kv=6, d_ff=20, num_heads=2, num_layers=2, vocab_size=29, feed_forward_proj="gated-gelu"
-    )
     return diffusers.PixArtSigmaPipeline(
         tokenizer=tokenizer(),
-        text_encoder=transformers.T5EncoderModel(config).eval(),
+        text_encoder=t5(),
         vae=vae(),
         transformer=transformer,
         scheduler=diffusers.DDIMScheduler(),
     )
+
+
+def pixart_alpha() -> Any:
+    """One that is told of sizes, as those for 1024 pixels are."""
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=128,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=6,
+        caption_channels=16,
+        in_channels=4,
+        cross_attention_dim=48,
+        out_channels=8,
+    ).eval()
+    assert transformer.use_additional_conditions
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=t5(),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=diffusers.DDIMScheduler(),
+    )
+
+
+def sana() -> Any:
+    """Its autoencoder gives no distribution, its times are scaled, and its prompts have an instruction before them."""
+    torch.manual_seed(0)
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=32,
+        timestep_scale=0.5,
+    ).eval()
+    gemma = transformers.Gemma2Config(
+        hidden_size=8,
+        head_dim=4,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        vocab_size=29,
+        attn_implementation="eager",
+    )
+    blocks: dict[str, Any] = {
+        f"{side}_{what}": value
+        for side in ("encoder", "decoder")
+        for what, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"),
+            "block_out_channels": (8, 8),
+            "qkv_multiscales": ((), (5,)),
+            "layers_per_block": (1, 1),
+        }.items()
+    }
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=transformers.Gemma2Model(gemma).eval(),
+        vae=diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.4, **blocks).eval(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def aura() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=16,
+        out_channels=4,
+        pos_embed_max_size=1024,
+    ).eval()
+    words = tokenizer()
+    words.model_input_names = ["input_ids", "attention_mask"]
+    return diffusers.AuraFlowPipeline(
+        tokenizer=words,
+        text_encoder=t5(),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+MORE = {"pixart": pixart, "pixart-alpha": pixart_alpha, "sana": sana, "aura": aura}
+FLOWS = {"TinyPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "AuraFlowPipeline"}
+
+
+def size_of(base: Base) -> tuple[int, int]:
+    """(width, height): no square, in what the pipeline takes."""
+    return (64, 32) if type(base.pipeline).__name__ == "SanaPipeline" else (WIDTH, HEIGHT)
 
 
 def made(kind: str) -> Any:
@@ -54,14 +156,14 @@ def made(kind: str) -> Any:
 
 
 def _made(kind: str) -> Any:
-    pipe = load_pipeline() if kind == "tiny" else pixart() if kind == "pixart" else PIPELINES[kind]()
+    pipe = load_pipeline() if kind == "tiny" else {**PIPELINES, **MORE}[kind]()
     pipe.set_progress_bar_config(disable=True)
     if kind in ("sd3", "flux"):
         pipe.vae.register_to_config(shift_factor=0.1, scaling_factor=0.7)
     return pipe
 
 
-KINDS = ["tiny", *PIPELINES, "pixart"]
+KINDS = ["tiny", *PIPELINES, *MORE]
 
 
 @pytest.fixture(params=KINDS)
@@ -92,8 +194,8 @@ def noise_for(base: Base) -> Tensor:
     torch.manual_seed(5)
     if base.vae is None:
         return torch.randn(2, 3, 16, 16)
-    channels = {"flux": 4}.get(base.family, 4)
-    return torch.randn(2, channels, HEIGHT // base.scale, WIDTH // base.scale)  # type: ignore[attr-defined]
+    width, height = size_of(base)
+    return torch.randn(2, 4, height // base.scale, width // base.scale)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -102,17 +204,18 @@ def test_a_run_of_its_own_is_the_pipelines_run(base: Base) -> None:
     noise = noise_for(base)
     found = steps_of(base, base.encode_text(prompts), noise.clone())
     asked: dict[str, Any] = {"guidance_scale": 1.0, "num_inference_steps": STEPS, "output_type": "latent"}
+    width, height = size_of(base)
     if base.vae is not None:
-        asked |= {"width": WIDTH, "height": HEIGHT}
-    if base.family == "transformer":
-        asked |= {"use_resolution_binning": False, "clean_caption": False}
+        asked |= {"width": width, "height": height}
+    known = inspect.signature(base.pipeline.__call__).parameters
+    asked |= {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}
     latents = noise
     if base.family == "flux":
         asked["max_sequence_length"] = 512
         latents = base.pipeline._pack_latents(noise, 2, 4, *noise.shape[2:])
     expected = base.pipeline(prompts, latents=latents.clone(), **asked).images
     if base.family == "flux":
-        expected = base.pipeline._unpack_latents(expected, HEIGHT, WIDTH, base.scale)  # type: ignore[attr-defined]
+        expected = base.pipeline._unpack_latents(expected, height, width, base.scale)  # type: ignore[attr-defined]
     if base.family == "tiny":
         found = found.clamp(-1, 1)
     assert expected.shape == found.shape
@@ -143,13 +246,18 @@ def test_text_encoders_get_gradients(base: Base) -> None:
 @torch.no_grad()
 def test_latents_are_what_the_pipeline_decodes(base: Base) -> None:
     """The mean, brought back as the pipeline does, is the mean that the VAE gave."""
-    pictures = torch.rand(2, 3, HEIGHT, WIDTH) * 2 - 1
+    width, height = size_of(base)
+    pictures = torch.rand(2, 3, height, width) * 2 - 1
     mean, std = base.encode_pictures(pictures)
     if base.vae is None:
         assert torch.equal(mean, pictures)
         assert std is None
         return
     vae_: Any = base.vae
+    if type(vae_).__name__ == "AutoencoderDC":
+        assert torch.allclose(mean / vae_.config.scaling_factor, vae_.encode(pictures).latent, atol=1e-6)
+        assert std is None
+        return
     own = vae_.encode(pictures).latent_dist
     back = mean / vae_.config.scaling_factor + (vae_.config.shift_factor or 0.0)
     assert torch.allclose(back, own.mean, atol=1e-6)
@@ -159,7 +267,7 @@ def test_latents_are_what_the_pipeline_decodes(base: Base) -> None:
 
 def test_sizes_and_predictions_are_known(base: Base) -> None:
     assert base.resolution % base.step == 0
-    assert base.prediction == {"tiny": "flow", "sd3": "flow", "flux": "flow"}.get(base.family, "epsilon")
+    assert base.prediction == ("flow" if type(base.pipeline).__name__ in FLOWS else "epsilon")
     assert base.denoiser is getattr(base.pipeline, base.component)
 
 
@@ -167,6 +275,8 @@ def test_v_is_read_from_the_scheduler() -> None:
     pipe = made("sd")
     pipe.scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction")
     assert family_of(pipe).prediction == "v"
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    assert family_of(pipe).prediction == "flow"
     pipe.scheduler = diffusers.DDIMScheduler(prediction_type="sample")
     with pytest.raises(UnsupportedBase, match="'sample'"):
         _ = family_of(pipe).prediction
@@ -185,7 +295,7 @@ def test_a_guided_flux_is_told_of_no_guidance() -> None:
 
 
 def test_pictures_are_drawn_from_their_seeds(base: Base) -> None:
-    size = (16, 16) if base.family == "tiny" else (WIDTH, HEIGHT)
+    size = (16, 16) if base.family == "tiny" else size_of(base)
     drawn = base.draw(["a cat", "a dog"], steps=2, size=size, seeds=[1, 2])
     again = base.draw(["a dog"], steps=2, size=size, seeds=[2])
     assert [p.size for p in drawn] == [size, size]
@@ -205,6 +315,66 @@ def test_a_negative_prompt_where_there_is_none_is_refused() -> None:
         family_of(made("tiny")).draw(["a"], negative="b", steps=1)
 
 
+def test_a_negative_prompt_that_would_be_ignored_is_refused() -> None:
+    """Flux takes the argument, and heeds it only with a guidance that needs a second call."""
+    with pytest.raises(OptionError, match=r"negative: FluxPipeline .* distilled"):
+        family_of(made("flux")).draw(["a"], negative="b", steps=1, size=(WIDTH, HEIGHT))
+
+
+def test_pictures_are_encoded_without_gradients(base: Base) -> None:
+    width, height = size_of(base)
+    mean, std = base.encode_pictures(torch.zeros(1, 3, height, width))
+    assert not mean.requires_grad
+    assert std is None or not std.requires_grad
+
+
+@pytest.mark.parametrize("kind", [*PIPELINES, *MORE])
+def test_pictures_are_decoded_in_the_format_of_the_vae(kind: str) -> None:
+    """The VAE stays in fp32 beside a denoiser in fp16, and pictures are about what they are in fp32."""
+    base = family_of(made(kind))
+    asked: dict[str, Any] = {"steps": 2, "size": size_of(base), "guidance": 1.0}
+    exact = base.draw(["a cat"], **asked)[0]
+    for part in (base.denoiser, *base.text_encoders.values()):
+        part.to(torch.float16)
+    assert _far(base.draw(["a cat"], **asked)[0], exact) < 24
+    assert "decode" not in vars(base.vae)
+
+
+def test_autocast_does_not_reach_the_vae() -> None:
+    base = family_of(made("sdxl"))
+    formats = []
+    base.vae.decoder.conv_in.register_forward_hook(lambda m, given, found: formats.append(found.dtype))  # type: ignore[union-attr]
+    base.denoiser.conv_in.register_forward_hook(lambda m, given, found: formats.append(found.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        base.draw(["a cat"], steps=1, size=(WIDTH, HEIGHT))
+    assert formats == [torch.bfloat16, torch.float32]
+
+
+def _far(one: Any, two: Any) -> float:
+    import numpy
+
+    return float(numpy.abs(numpy.asarray(one, dtype=int) - numpy.asarray(two, dtype=int)).max())
+
+
+def test_sizes_that_cannot_be_drawn_are_named() -> None:
+    base = family_of(made("flux"))
+    base.check_size(16, 8)
+    with pytest.raises(OptionError, match=r"size: .* multiples of 2 pixels, got 15x8; the nearest is 16x8"):
+        base.check_size(15, 8)
+    family_of(load_pipeline()).check_size(17, 16)
+
+
+def test_an_argument_of_which_nothing_is_known_is_named() -> None:
+    pipe = made("pixart")
+
+    class Asking(type(pipe.transformer)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, mood: Tensor, timestep: Tensor) -> None: ...
+
+    pipe.transformer.__class__ = Asking
+    with pytest.raises(UnsupportedBase, match="PixArtSigmaPipeline: its transformer wants 'mood'"):
+        family_of(pipe)
+
+
 def test_an_unknown_pipeline_is_refused() -> None:
     class StableDiffusionPipelineX:
         pass
@@ -216,4 +386,3 @@ def test_an_unknown_pipeline_is_refused() -> None:
 def test_every_class_is_in_one_family() -> None:
     names = [name for family in FAMILIES for name in family.classes]
     assert len(names) == len(set(names))
-    assert LENGTH  # the pipelines above cut captions there

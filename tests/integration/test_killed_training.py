@@ -34,4 +34,4 @@ def test_killed_runs_arrive_at_the_same_bits(tmp_path: Path, tries: int, setting
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["broken"] == []
     assert found["killed"] >= tries, "most of the runs were killed at least once"
-    assert len(found["steps"]) >= 3
+    assert len(found["steps"]) >= 2, "they were killed at different places"

@@ -22,10 +22,10 @@ def generate(
         [], "--adapter", help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.4; several may be given."
     ),
     out: Path = typer.Option(Path("pictures"), "--out", "-o", help="A folder, or a .png: several are put on a sheet."),
-    seeds: list[int] = typer.Option([0], "--seed", help="Of the noise; several may be given."),
+    seeds: list[int] = typer.Option([], "--seed", help="Of the noise, 0 if left out; several may be given."),
     grid: str | None = typer.Option(None, "--grid", help="strengths=0,0.5,1 or seeds=1,2,3: the columns of a sheet."),
     steps: int = typer.Option(20, min=1, help="Denoising steps."),
-    guidance: float | None = typer.Option(None, help="Guidance scale; the base's own if left out."),
+    guidance: float | None = typer.Option(None, min=0, help="Guidance scale; the base's own if left out."),
     negative: str = typer.Option("", help="What not to draw."),
     size: str | None = typer.Option(None, help="WIDTHxHEIGHT in pixels; the base's own if left out."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps, ..."),
@@ -45,6 +45,9 @@ def generate(
     strengths, grid_seeds = _grid(grid)
     if grid is not None and out.suffix.lower() != ".png":
         raise OptionError(f"--grid makes one sheet: give a file, as in --out sheet.png, found {out}")
+    if seeds and grid_seeds:
+        raise OptionError("--grid seeds=... says which seeds there are: leave out --seed")
+    pixels = _size(size)
     if dtype not in ("auto", "fp32", "fp16", "bf16"):
         raise OptionError(f"--dtype: expected auto, fp32, fp16 or bf16, found {dtype!r}")
     opened = open_base(BaseSettings(base=base, config=base_config, download=download, device=device, dtype=dtype))
@@ -57,13 +60,13 @@ def generate(
             out,
             adapters=worn,
             strengths=strengths,
-            seeds=grid_seeds or seeds,
+            seeds=grid_seeds or seeds or [0],
             force=force,
             progress=progress,
             negative=negative,
             steps=steps,
             guidance=guidance,
-            size=_size(size),
+            size=pixels,
         )
     show(report, as_json)
 

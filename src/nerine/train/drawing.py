@@ -17,14 +17,14 @@ from nerine.model.network import Network
 from nerine.model.strengths import Strength
 from nerine.tables import listing
 from nerine.tools.output import check_output
-from nerine.train.families import Base
+from nerine.train.families.base import Base, check_seed
 
 __all__ = ["AdapterFile", "DrawingReport", "Worn", "contact_sheet", "generate", "put_on"]
 
 Progress = Callable[[int, int, str], None]
 Place = tuple[int, int, float]  # number of the prompt, seed, strength
 SMALLEST, LARGEST = 96, 384  # pixels of a picture in a sheet
-GAP, LINE = 8, 15  # pixels between pictures, and of a line of text
+GAP, LINE, LEFT = 8, 17, 180  # pixels between pictures, of a line of text, and of the rows' names
 _INK, _SOFT, _PAPER = (20, 20, 30), (110, 110, 125), (255, 255, 255)
 _OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -100,7 +100,7 @@ def generate(
 
     Raises:
         OptionError: there is nothing to draw, a file is there and `force` is not set, the base does not draw that
-            size, or there are strengths without adapters.
+            size, there are strengths without adapters, or a strength or a seed is none.
     """
     if not prompts or not seeds:
         raise OptionError("prompts and seeds: expected at least one of each")
@@ -108,6 +108,8 @@ def generate(
         raise OptionError("strengths: there is no adapter whose strength could be changed")
     for level in strengths:
         check_strength(level)
+    for seed in seeds:
+        check_seed(seed)
     if drawing.get("size") is not None:
         base.check_size(*drawing["size"])
     began = time.monotonic()
@@ -223,18 +225,19 @@ def contact_sheet(pictures: Sequence[Sequence[Any]], rows: Sequence[str], column
     from PIL import Image, ImageDraw, ImageFont
 
     tiles = [[_tile(picture) for picture in row] for row in pictures]
+    names = [_wrapped(name, 24) for name in rows]
     width = max(tile.width for row in tiles for tile in row) + GAP
-    height = max(max(tile.height for row in tiles for tile in row), 2 * LINE) + GAP
+    height = max(*(tile.height for row in tiles for tile in row), *(LINE * len(name) for name in names)) + GAP
     large, small = ImageFont.load_default(13), ImageFont.load_default(12)
-    left, top = 180, 2 * GAP + LINE
-    sheet = Image.new("RGB", (left + width * len(columns) + GAP, top + height * len(rows) + GAP), _PAPER)
+    top = 2 * GAP + LINE
+    sheet = Image.new("RGB", (LEFT + width * len(columns) + GAP, top + height * len(rows) + GAP), _PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, name in enumerate(columns):
-        pen.text((left + number * width, GAP), name, fill=_SOFT, font=small)
-    for number, (name, row) in enumerate(zip(rows, tiles, strict=True)):
-        pen.multiline_text((GAP, top + number * height), _wrapped(name, 24), fill=_INK, font=large)
+        pen.text((LEFT + number * width, GAP), _cut(name, small, width - GAP), fill=_SOFT, font=small)
+    for number, (lines, row) in enumerate(zip(names, tiles, strict=True)):
+        pen.multiline_text((GAP, top + number * height), "\n".join(lines), fill=_INK, font=large)
         for column, tile in enumerate(row):
-            sheet.paste(tile, (left + column * width, top + number * height))
+            sheet.paste(tile, (LEFT + column * width, top + number * height))
     with replacing(file) as out:
         sheet.save(out, format="PNG")
 
@@ -250,8 +253,19 @@ def _tile(picture: Any) -> Any:
     return picture.resize((round(picture.width * scale), round(picture.height * scale)), way)
 
 
-def _wrapped(text: str, width: int) -> str:
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` letters; what goes beyond five is left out."""
     import textwrap
 
     lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)] or [""]
-    return "\n".join(lines[:5] + (["..."] if len(lines) > 5 else []))
+    return lines[:5] + (["..."] if len(lines) > 5 else [])
+
+
+def _cut(text: str, font: Any, width: int) -> str:
+    """The text, or as much of it as `width` pixels hold."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -17,6 +17,7 @@ import torch
 
 from nerine.errors import FormatError, MissingExtra, OptionError, shown
 from nerine.tiny import load_pipeline
+from nerine.train.adapting import freeze
 from nerine.train.families import Base, family_of
 from nerine.train.settings import BaseSettings
 
@@ -35,7 +36,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def open_base(settings: BaseSettings) -> Base:
-    """The model of the settings, on the CPU, in the number format that they say.
+    """The model of the settings, frozen, on the CPU, in the number format that they say.
 
     Raises:
         OptionError: there is no such folder or file, or configurations are missing that may not be fetched.
@@ -43,16 +44,18 @@ def open_base(settings: BaseSettings) -> Base:
         UnsupportedBase: its family is not known.
         MissingExtra: diffusers is not installed.
     """
-    dtype = dtype_of(settings)
-    if settings.base == "tiny":
-        return family_of(load_pipeline(dtype))
-    path = Path(settings.base)
-    if not path.exists():
+    path, dtype = Path(settings.base), dtype_of(settings)
+    is_tiny = settings.base == "tiny"
+    if not is_tiny and not path.exists():
         raise OptionError(f'base: nothing is at {path}; expected a folder of diffusers, a checkpoint, or "tiny"')
     diffusers = _diffusers()
     with _quiet():
-        pipeline = (_folder if path.is_dir() else _file)(diffusers, path, settings, dtype)
+        if is_tiny:
+            pipeline = load_pipeline(dtype)
+        else:
+            pipeline = (_folder if path.is_dir() else _file)(diffusers, path, settings, dtype)
         base = family_of(pipeline)
+        freeze(base)
         if base.vae is not None and dtype == torch.float16:  # SDXL's VAE overflows in fp16
             base.vae.to(torch.float32)
     return base
@@ -67,7 +70,7 @@ def dtype_of(settings: BaseSettings) -> torch.dtype:
 
 
 def place(base: Base, device: str) -> None:
-    """Put all parts of the base on a device, "auto" being the fastest that there is, ready to draw.
+    """Put all parts of the base on a device, "auto" being the fastest that there is.
 
     Raises:
         OptionError: there is no such device.
@@ -77,7 +80,7 @@ def place(base: Base, device: str) -> None:
     for part in (base.denoiser, base.vae, *base.text_encoders.values()):
         if part is not None:
             try:
-                part.to(device).eval().requires_grad_(False)
+                part.to(device)
             except (RuntimeError, AssertionError) as error:
                 raise OptionError(f"--device {device}: {error}") from error
 

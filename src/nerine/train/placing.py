@@ -57,16 +57,33 @@ def offload(denoiser: Any, device: torch.device, how: str) -> None:
 
 
 def checkpoint_activations(module: Any) -> None:
-    """Let activations be computed again in backward.
+    """Let activations be computed again in backward; dropouts stay as they are.
 
     Raises:
         OptionError: the model cannot do so.
+        MissingExtra: transformers is too old for a text encoder.
     """
     for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
         if hasattr(module, name):
             getattr(module, name)()
+            if name == "gradient_checkpointing_enable":
+                _wake_blocks(module)
             return
     raise OptionError(f"gradient_checkpointing: {type(module).__name__} cannot compute activations again")
+
+
+def _wake_blocks(encoder: nn.Module) -> None:
+    """Put the blocks of an encoder into training, and not what is in them: a block computes again only where it is in
+    training itself, and the dropouts in it would draw from torch's own generator."""
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError as error:
+        raise MissingExtra(
+            f"gradient_checkpointing: text encoders need a newer transformers ({error}); pip install -U transformers"
+        ) from error
+    for block in encoder.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.training = True
 
 
 class Float8Linear(nn.Linear):

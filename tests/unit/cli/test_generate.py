@@ -14,7 +14,7 @@ import nerine
 from commands import run
 from nerine.errors import OptionError
 from nerine.tiny import load_pipeline
-from nerine.train.drawing import AdapterFile, contact_sheet, generate, put_on
+from nerine.train.drawing import AdapterFile, generate, put_on
 from nerine.train.families import family_of
 
 pytestmark = pytest.mark.no_device_guard
@@ -158,6 +158,9 @@ def test_strengths_are_columns_and_zero_is_the_base(
         (("--grid", "seeds=1,x", "-o", "s.png"), "--grid: expected"),
         (("--grid", "seeds=1,2", "-o", "folder"), "--grid makes one sheet"),
         (("--size", "512"), "--size: expected WIDTHxHEIGHT"),
+        (("--seed", -1), "seed: expected a whole number from 0"),
+        (("--seed", 2**70), "seed: expected a whole number from 0"),
+        (("--seed", 5, "--grid", "seeds=1,2", "-o", "s.png"), "leave out --seed"),
         (("--dtype", "int8"), "--dtype: expected auto"),
         (("--negative", "x"), "takes no negative prompt"),
         (("--device", "cuda:7"), "--device cuda:7"),
@@ -176,12 +179,3 @@ def test_mistakes_are_named(
     done = run(capsys, "generate", "a", "--steps", 1, *options)
     assert done.code == 1, done.out
     assert words in done.err
-
-
-def test_sheets_show_pictures_of_any_size(tmp_path: Path) -> None:
-    rows = [[Image.new("RGB", (16, 16), c) for c in ("red", "blue")], [Image.new("RGB", (900, 600), "green")] * 2]
-    file = tmp_path / "s.png"
-    contact_sheet(rows, ["a prompt that is so long that it takes more than one line to tell", "b"], ["x", "y"], file)
-    found = pixels(file)
-    for colour in ((255, 0, 0), (0, 0, 255), (0, 128, 0)):
-        assert (found == colour).all(2).sum() >= 96 * 96

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from nerine.train.opening import open_base
 from nerine.train.placing import checkpoint_activations, quantize
 from nerine.train.running import train
 from nerine.train.settings import BaseSettings
-from tiny_pipelines import PIPELINES, unet
+from tiny_pipelines import PIPELINES, clip, t5, unet
 
 pytestmark = [pytest.mark.no_device_guard, pytest.mark.filterwarnings("ignore::FutureWarning")]
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
@@ -228,10 +229,33 @@ def test_opening_says_nothing_and_leaves_no_trace(folders: Path, capfd: pytest.C
     assert base.draw(["a cat"], steps=1, size=(16, 8))[0].size == (16, 8)
 
 
+@pytest.mark.parametrize("name", ["tiny", "sd", "sd3"])
+def test_what_is_opened_is_frozen(folders: Path, name: str) -> None:
+    base = open_base(BaseSettings(base=name if name == "tiny" else str(folders / name)))
+    for part in (base.denoiser, base.vae, *base.text_encoders.values()):
+        if part is not None:
+            assert not any(p.requires_grad for p in part.parameters())
+            assert not any(module.training for module in part.modules())
+
+
+def test_the_little_model_is_opened_without_a_word_of_diffusers() -> None:
+    """In a process of its own, for what diffusers says on being imported it says once."""
+    script = "from nerine.train.opening import open_base; from nerine.train.settings import BaseSettings\n"
+    script += "import logging; from diffusers.utils import logging as spoken; said = []\n"
+    script += (
+        "spoken.add_handler(type('Ear', (logging.Handler,), {'emit': lambda self, one: said.append(one.msg)})())\n"
+    )
+    script += "open_base(BaseSettings()); print(said)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_diffusers_may_not_be_there(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingExtra, match=r'pip install "nerine\[train\]"'):
         open_base(BaseSettings(base=str(folders / "sd")))
+    with pytest.raises(MissingExtra, match=r'pip install "nerine\[train\]"'):
+        open_base(BaseSettings())
 
 
 def test_a_family_that_is_not_known_is_named(folders: Path) -> None:
@@ -339,3 +363,25 @@ def test_activations_that_cannot_be_computed_again_are_named() -> None:
     model = unet()
     checkpoint_activations(model)
     assert model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("make", [clip, t5])
+def test_text_encoders_compute_again_without_dropouts(make: Any) -> None:
+    """Its blocks are run twice, and gradients are those of a model at rest, to the bit."""
+    ids = torch.tensor([[3, 4, 5, 6, 1]])
+
+    def gradients(model: Any) -> tuple[int, list[torch.Tensor]]:
+        runs: list[int] = []
+        layers = [one for one in model.modules() if type(one).__name__ in ("CLIPMLP", "T5LayerFF")]
+        handles = [one.register_forward_pre_hook(lambda *given: runs.append(1)) for one in layers]
+        model(ids).last_hidden_state.square().sum().backward()
+        for handle in handles:
+            handle.remove()
+        return len(runs) // len(layers), [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, again = make().eval(), make().eval()
+    checkpoint_activations(again)
+    (once, expected), (twice, found) = gradients(plain), gradients(again)
+    assert (once, twice) == (1, 2)
+    assert len(found) == len(expected) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -23,11 +23,12 @@ __all__ = ["AnyTransformer"]
 
 @dataclass(frozen=True)
 class Convention:
-    """How a pipeline calls its transformer: `times` counts time up to that number, `sign` turns what it says into what
-    the scheduler wants, `mask` is what it calls the mask of the states ("" for none)."""
+    """How a pipeline calls its transformer: `times` counts time up to that number, `towards_pictures` counts it from
+    the noise on, so that what it says points the other way than the scheduler wants, `mask` is what it calls the mask
+    of the states ("" for none)."""
 
     times: float = TIMES
-    sign: int = 1
+    towards_pictures: bool = False
     mask: str = "encoder_attention_mask"
 
 
@@ -36,11 +37,12 @@ _KNOWN = {
     "PixArtSigmaPipeline": Convention(),
     "SanaPipeline": Convention(),
     "AuraFlowPipeline": Convention(times=1.0, mask=""),
+    "Lumina2Pipeline": Convention(times=1.0, towards_pictures=True),
 }
 
 
 class AnyTransformer(LatentBase):
-    """PixArt-Alpha, PixArt-Sigma, Sana, AuraFlow.
+    """PixArt-Alpha, PixArt-Sigma, Sana, AuraFlow, Lumina-Image 2.
 
     Raises:
         UnsupportedBase: the transformer wants an argument that is not known here.
@@ -84,16 +86,18 @@ class AnyTransformer(LatentBase):
             more[self.convention.mask] = text["mask"]
         if "added_cond_kwargs" in inspect.signature(self.denoiser.forward).parameters:
             more["added_cond_kwargs"] = self._sizes(sizes)
+        turned = self.convention.towards_pictures
+        times = TIMES - timesteps if turned else timesteps
         found: Tensor = self.denoiser(
             noisy.to(self.format),
             encoder_hidden_states=text["states"],
-            timestep=timesteps * (self.convention.times / TIMES * (self.config.get("timestep_scale") or 1.0)),
+            timestep=times * (self.convention.times / TIMES * (self.config.get("timestep_scale") or 1.0)),
             return_dict=False,
             **more,
         )[0]
         if found.shape[1] == 2 * noisy.shape[1]:  # the second half says how sure it is
             found = found.chunk(2, dim=1)[0]
-        return found * self.convention.sign
+        return -found if turned else found
 
     def _sizes(self, sizes: Tensor) -> dict[str, Tensor | None]:
         """What PixArt is told of sizes, where it was trained with them."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from nerine.errors import OptionError
 from nerine.train.batch import Latents, Text
 
-__all__ = ["Base", "seeds_for"]
+__all__ = ["Base", "check_seed", "seeds_for"]
+
+SEEDS = 2**64  # so many there are for the generators of torch
 
 
 class Base(ABC):
@@ -116,7 +119,7 @@ class Base(ABC):
         `size` is (width, height). The noise is drawn on the CPU, so that a seed means the same noise everywhere.
 
         Raises:
-            OptionError: the pipeline takes no negative prompt, or the seeds are not as many as the prompts.
+            OptionError: the pipeline takes no negative prompt, the seeds are not as many as the prompts, or are none.
         """
         known = inspect.signature(self.pipeline.__call__).parameters
         if negative and "negative_prompt" not in known:
@@ -136,7 +139,7 @@ class Base(ABC):
         shown = dict(getattr(self.pipeline, "_progress_bar_config", {}))
         self.pipeline.set_progress_bar_config(disable=True)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _resting(self):
                 return list(self.call(asked, generators, (width, height)).images)
         finally:
             self.pipeline.set_progress_bar_config(**shown)
@@ -146,12 +149,34 @@ class Base(ABC):
         return self.pipeline(**asked, generator=generators)
 
 
+@contextmanager
+def _resting(base: Base) -> Iterator[None]:
+    """No dropout of the base's own is on for the length of a `with` block, whatever training has switched on."""
+    parts = (base.denoiser, base.vae, *base.text_encoders.values())
+    awake = [module for part in parts if part is not None for module in part.modules() if module.training]
+    for module in awake:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in awake:
+            module.training = True
+
+
+def check_seed(seed: object) -> None:
+    """Raises OptionError where it is no number that noise can be drawn from."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise OptionError(f"seed: expected a whole number from 0 to {SEEDS - 1}, got {seed!r}")
+
+
 def seeds_for(prompts: Sequence[str], seeds: Sequence[int]) -> list[int]:
     """One seed for each prompt.
 
     Raises:
-        OptionError: there are neither as many nor one.
+        OptionError: there are neither as many nor one, or one of them is no seed.
     """
+    for seed in seeds:
+        check_seed(seed)
     if len(seeds) == 1:
         return list(seeds) * len(prompts)
     if len(seeds) != len(prompts):

@@ -140,13 +140,66 @@ def aura() -> Any:
     )
 
 
-MORE = {"pixart": pixart, "pixart-alpha": pixart_alpha, "sana": sana, "aura": aura}
-FLOWS = {"TinyPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "AuraFlowPipeline"}
+def lumina() -> Any:
+    """Its time runs from the noise to the picture, and its prompts have an instruction before them."""
+    torch.manual_seed(0)
+    deep = diffusers.AutoencoderKL(  # the pipeline counts on eight pixels to a latent
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        use_quant_conv=False,
+    ).eval()
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        norm_eps=1e-5,
+        scaling_factor=1.0,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(512, 32, 32),
+        cap_feat_dim=8,
+    ).eval()
+    gemma = transformers.Gemma2Config(
+        hidden_size=8,
+        head_dim=4,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        vocab_size=29,
+        attn_implementation="eager",
+    )
+    return diffusers.Lumina2Pipeline(
+        tokenizer=tokenizer(),
+        text_encoder=transformers.Gemma2Model(gemma).eval(),
+        vae=deep,
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+MORE = {"pixart": pixart, "pixart-alpha": pixart_alpha, "sana": sana, "aura": aura, "lumina": lumina}
+FLOWS = {
+    "TinyPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "SanaPipeline",
+    "AuraFlowPipeline",
+    "Lumina2Pipeline",
+}
 
 
 def size_of(base: Base) -> tuple[int, int]:
     """(width, height): no square, in what the pipeline takes."""
-    return (64, 32) if type(base.pipeline).__name__ == "SanaPipeline" else (WIDTH, HEIGHT)
+    return (64, 32) if type(base.pipeline).__name__ in ("SanaPipeline", "Lumina2Pipeline") else (WIDTH, HEIGHT)
 
 
 def made(kind: str) -> Any:
@@ -158,7 +211,7 @@ def made(kind: str) -> Any:
 def _made(kind: str) -> Any:
     pipe = load_pipeline() if kind == "tiny" else {**PIPELINES, **MORE}[kind]()
     pipe.set_progress_bar_config(disable=True)
-    if kind in ("sd3", "flux"):
+    if kind in ("sd3", "flux", "lumina"):
         pipe.vae.register_to_config(shift_factor=0.1, scaling_factor=0.7)
     return pipe
 
@@ -176,7 +229,7 @@ def steps_of(base: Base, text: Any, noise: Tensor) -> Tensor:
     scheduler = base.pipeline.scheduler
     if base.family == "tiny":
         scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / STEPS, STEPS).tolist())
-    elif base.family == "flux":
+    elif type(base.pipeline).__name__ in ("FluxPipeline", "Lumina2Pipeline"):
         import numpy
 
         scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / STEPS, STEPS))
@@ -302,6 +355,25 @@ def test_pictures_are_drawn_from_their_seeds(base: Base) -> None:
     assert again[0].tobytes() == drawn[1].tobytes() or _near(again[0], drawn[1])
     with pytest.raises(OptionError, match="seeds: expected one for each of 3 prompts"):
         base.draw(["a", "b", "c"], steps=1, seeds=[1, 2])
+
+
+def test_drawing_is_at_rest_and_training_goes_on() -> None:
+    """T5 has dropouts: drawn twice while it is trained, a picture is the same; and each part is then as it was."""
+    base = family_of(made("sd3"))
+    base.text_encoders["text_encoder_3"].train()
+    base.denoiser.transformer_blocks[1].train()  # type: ignore[index, union-attr]
+    parts = (base.denoiser, base.vae, *base.text_encoders.values())
+    before = [module.training for part in parts for module in part.modules()]  # type: ignore[union-attr]
+    assert len(set(before)) == 2
+    asked: dict[str, Any] = {"steps": 2, "size": (WIDTH, HEIGHT), "guidance": 1.0}
+    assert base.draw(["a cat"], **asked)[0].tobytes() == base.draw(["a cat"], **asked)[0].tobytes()
+    assert [module.training for part in parts for module in part.modules()] == before  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True])
+def test_what_is_no_seed_is_refused(seed: Any) -> None:
+    with pytest.raises(OptionError, match="seed: expected a whole number from 0 to 18446744073709551615, got"):
+        family_of(made("tiny")).draw(["a"], steps=1, seeds=[seed])
 
 
 def _near(one: Any, two: Any) -> bool:

@@ -24,7 +24,8 @@ class Latents(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the data, not yet read. `size` is (width, height) in pixels, turned as it is meant to be seen."""
+    """A picture of the data, not yet read. `size` is (width, height) in pixels, turned as it is meant to be seen;
+    `caption` begins with `prefix`, which stays in front whatever else is shuffled."""
 
     file: Path
     caption: str
@@ -35,6 +36,8 @@ class Picture:
     keep_tokens: int = 0
     caption_dropout: float = 0.0
     flip: bool = False
+    prefix: str = ""
+    regularization: bool = False
 
 
 class Frame(NamedTuple):

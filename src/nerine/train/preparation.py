@@ -204,7 +204,7 @@ def _pictures(settings: TrainSettings, dice: Dice) -> tuple[list[Picture], list[
     pictures, data = read_pictures(settings)
     held: list[Picture] = []
     if settings.validation.validation is not None:
-        held = read_validation(settings.validation.validation, settings.data)
+        held = read_validation(settings.validation.validation, settings.data, data)
     elif settings.validation.validation_share:
         pictures, held = split(pictures, settings.validation.validation_share, dice)
     data.held_out = len(held)

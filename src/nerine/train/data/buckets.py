@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 
 from nerine.errors import OptionError
 from nerine.train.batch import Frame
@@ -58,10 +60,25 @@ class Buckets:
 
     def _fitting(self, size: Size) -> Size:
         """The bucket whose aspect ratio is the nearest, and of those the one that keeps the most pixels."""
-        aspect = math.log(size[0] / size[1])
-        best = min(self.sizes(), key=lambda b: (round(abs(math.log(b[0] / b[1]) - aspect), 9), -b[0] * b[1]))
+        best = self._nearest(math.log(size[0] / size[1]))
         if self.upscale or (size[0] >= best[0] and size[1] >= best[1]):
             return best
         shrunk = min(size[0] / best[0], size[1] / best[1])
         width, height = (max(self.step, int(side * shrunk + 1e-9) // self.step * self.step) for side in best)
         return width, height
+
+    def _nearest(self, aspect: float) -> Size:
+        aspects, largest = self._by_aspect
+        right = bisect_left(aspects, aspect)
+        near = range(max(0, right - 1), min(len(aspects), right + 1))
+        # a difference that rounding alone makes is none
+        return largest[min(near, key=lambda i: (round(abs(aspects[i] - aspect), 9), -largest[i][0] * largest[i][1]))]
+
+    @cached_property
+    def _by_aspect(self) -> tuple[list[float], list[Size]]:
+        """The logarithms of the aspect ratios that there are, growing, and the largest size of each."""
+        largest: dict[float, Size] = {}
+        for width, height in self.sizes():
+            aspect = math.log(width / height)
+            largest[aspect] = max(largest.get(aspect, (0, 0)), (width, height))
+        return list(largest), list(largest.values())

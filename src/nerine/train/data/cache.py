@@ -7,6 +7,8 @@ disk each entry is a file of safetensors, there whole or not at all; a damaged o
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from nerine.files.atomic import replacing
+from nerine.errors import FormatError
+from nerine.files.atomic import replacing, write_json
 from nerine.train.batch import Frame
 
 __all__ = ["Cache", "Digests", "fingerprint", "key_of"]
@@ -64,22 +67,55 @@ class Cache:
 
 
 class Digests:
-    """Digests of files, read once for as long as they do not change."""
+    """Digests of files, read once for as long as their sizes and times do not change. `kept` is the file where they are
+    remembered from run to run; without it, or where it is damaged, each run reads all files once."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[Path, int, int], str] = {}
+    def __init__(self, kept: Path | None = None) -> None:
+        self.kept = kept
+        self._known: dict[str, tuple[int, int, str]] = {} if kept is None else _remembered(kept)
+        self._is_new = False
 
     def of(self, file: Path) -> str:
-        """The SHA-256 of what is in the file."""
-        stat = file.stat()
-        mark = (file, stat.st_size, stat.st_mtime_ns)
-        if mark not in self._known:
-            with open(file, "rb") as opened:
-                digest = hashlib.sha256()
-                while block := opened.read(1 << 20):
-                    digest.update(block)
-            self._known[mark] = digest.hexdigest()
-        return self._known[mark]
+        """The SHA-256 of what is in the file.
+
+        Raises:
+            FormatError: it cannot be read.
+        """
+        try:
+            stat = file.stat()
+            mark = (stat.st_size, stat.st_mtime_ns)
+            name = ascii(os.path.abspath(file))  # a name need not be text in UTF-8
+            known = self._known.get(name)
+            if known is None or known[:2] != mark:
+                known = self._known[name] = (*mark, _digest(file))
+                self._is_new = True
+        except OSError as error:
+            raise FormatError(f"{file}: the picture cannot be read: {error}") from error
+        return known[2]
+
+    def save(self) -> None:
+        """Remember them, if there is something new."""
+        if self.kept is not None and self._is_new:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.kept, self._known)
+            self._is_new = False
+
+
+def _remembered(kept: Path) -> dict[str, tuple[int, int, str]]:
+    """What such a file says; nothing where it is missing or says something else."""
+    try:
+        rows = json.loads(kept.read_bytes())
+        return {str(name): (int(size), int(time), str(digest)) for name, (size, time, digest) in rows.items()}
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def key_of(*words: str | int | bool | Frame) -> str:

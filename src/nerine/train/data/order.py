@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from nerine.errors import OptionError
 from nerine.train.batch import Draw, Frame, Picture
 from nerine.train.data.buckets import Buckets
 from nerine.train.data.captions import caption_of
@@ -20,7 +22,11 @@ __all__ = ["Order"]
 @dataclass
 class Order:
     """`order.batch(n)` is the n-th micro-batch of a run: `size` draws, over all processes. `is_random` cuts pictures at
-    random places instead of in the middle."""
+    random places instead of in the middle.
+
+    Raises:
+        OptionError: there is nothing to put in order.
+    """
 
     pictures: Sequence[Picture]
     buckets: Buckets
@@ -37,8 +43,14 @@ class Order:
         self._by_size = {}
         for index, (picture, frame) in enumerate(zip(self.pictures, self._frames, strict=True)):
             self._by_size.setdefault(frame.size, []).extend([index] * picture.repeats)
+        if self.size < 1 or not any(self._by_size.values()):
+            seen = sum(map(len, self._by_size.values()))
+            raise OptionError(
+                f"data: expected at least one picture in an epoch and in a batch, got {len(self.pictures)} pictures, "
+                f"{seen} with their repeats, in batches of {self.size}"
+            )
 
-    @property
+    @cached_property
     def per_epoch(self) -> int:
         """Micro-batches of an epoch."""
         return sum(-(-len(members) // self.size) for members in self._by_size.values())

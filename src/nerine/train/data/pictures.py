@@ -18,18 +18,21 @@ __all__ = ["measure", "read_picture"]
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that lie on their side
 _ORIENTATION = 0x0112
+_TOLD = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that may say how it is turned
 _WHITE = (255, 255, 255)
 
 
 def measure(file: Path) -> tuple[int, int]:
-    """(width, height) in pixels as the picture is meant to be seen; its content is not read.
+    """(width, height) in pixels as the picture is meant to be seen; its content is not decoded.
+
+    Not for several threads at once: it silences Pillow's warnings, which are the whole process's.
 
     Raises:
         FormatError: it cannot be opened, or is so large that it may be an attack.
     """
-    with _opened(file) as image:
+    with _without_warnings(), _opened(file) as image:
         width, height = image.size
-        return (height, width) if image.getexif().get(_ORIENTATION) in _TURNED else (width, height)
+        return (height, width) if _is_on_its_side(image, file) else (width, height)
 
 
 def read_picture(file: Path, frame: Frame, flipped: bool = False) -> Tensor:
@@ -71,6 +74,40 @@ def _rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
+def _is_on_its_side(image: Any, file: Path) -> bool:
+    """Whether its metadata has it turned by a quarter; pixels are only decoded where they lie in front of metadata."""
+    from PIL import Image
+
+    if image.format == "PNG" and not _has_metadata_behind(file):
+        return Image.Image.getexif(image).get(_ORIENTATION) in _TURNED  # the method of PNG reads all first
+    return image.getexif().get(_ORIENTATION) in _TURNED
+
+
+def _has_metadata_behind(file: Path) -> bool:
+    """Whether a PNG may tell something of itself behind its pixels: it does, or it has no proper end."""
+    found, pixels = False, False
+    with open(file, "rb") as opened:
+        end = opened.seek(0, 2)
+        place = 8  # behind the signature
+        while place + 12 <= end:
+            opened.seek(place)
+            head = opened.read(8)
+            kind, place = head[4:], place + 12 + int.from_bytes(head[:4], "big")
+            pixels = pixels or kind == b"IDAT"
+            found = found or (pixels and kind in _TOLD)
+            if kind == b"IEND" and place <= end:
+                return found
+    return True
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """No warnings of pictures that are damaged or too large: those are skipped, and the report says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """A picture for the length of a `with` block; what goes wrong with it in there is a FormatError."""
@@ -79,15 +116,20 @@ def _opened(file: Path) -> Iterator[Any]:
     except ImportError as error:
         raise MissingExtra(f'pictures need Pillow ({error}): pip install "nerine[train]"') from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                if not image.width or not image.height:
-                    raise FormatError(f"{file}: the picture has no pixels")
-                yield image
+        with Image.open(file) as image:
+            width, height = image.size
+            if not width or not height:
+                raise FormatError(f"{file}: the picture has no pixels")
+            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+                raise FormatError(
+                    f"{file}: {width} x {height} pixels, expected at most {Image.MAX_IMAGE_PIXELS}; make it smaller"
+                )
+            yield image
+    except FormatError:
+        raise
     except UnidentifiedImageError as error:
         raise FormatError(f"{file}: not a picture of a known kind, or damaged at its beginning") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise FormatError(f"{file}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow raises whatever it stumbles upon in a damaged file
         raise FormatError(f"{file}: the picture cannot be read: {error}") from error

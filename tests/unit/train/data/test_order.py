@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from nerine.errors import OptionError
 from nerine.train.batch import Picture
 from nerine.train.data.buckets import Buckets
-from nerine.train.data.captions import caption_of
+from nerine.train.data.captions import caption_of, prefixed
 from nerine.train.data.order import Order
 from nerine.train.randomness import Dice
 
@@ -55,6 +57,30 @@ def test_a_picture_goes_to_the_nearest_aspect() -> None:
     assert buckets.frame((3000, 2000)).size == (576, 384) or buckets.frame((3000, 2000)).size == (640, 384)
     assert buckets.frame((100, 5000)).size[1] > 600
     assert buckets.frame((2000, 1000), (0.0, 0.0)).corner == (0, 0)
+
+
+@given(st.integers(1, 16), st.integers(1, 96), st.floats(1, 4), st.booleans(), sides, sides)
+def test_the_nearest_is_the_nearest_of_all(
+    steps: int, step: int, aspect: float, many: bool, width: int, height: int
+) -> None:
+    buckets = Buckets(steps * step, step, many, aspect)
+    wanted = math.log(width / height)
+    best = min(buckets.sizes(), key=lambda b: (round(abs(math.log(b[0] / b[1]) - wanted), 9), -b[0] * b[1]))
+    assert buckets.frame((width, height)).size == best
+
+
+def test_finding_a_bucket_does_not_list_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, sizes = [], Buckets.sizes
+
+    def counted(self: Buckets) -> list[tuple[int, int]]:
+        listed.append(self)
+        return sizes(self)
+
+    monkeypatch.setattr(Buckets, "sizes", counted)
+    buckets = Buckets(1024, 8)
+    for n in range(1, 200):
+        buckets.frame((700 + n, 800))
+    assert len(listed) <= 1
 
 
 def test_small_pictures_are_not_enlarged() -> None:
@@ -108,6 +134,20 @@ def test_random_crops_move() -> None:
     assert all(top == 0 and 0 <= left <= 32 for left, top in corners)
 
 
+@pytest.mark.parametrize(("count", "repeats", "size"), [(0, 1, 4), (3, 0, 4), (3, 1, 0)])
+def test_nothing_to_order_is_refused(count: int, repeats: int, size: int) -> None:
+    words = f"got {count} pictures, {count * repeats} with their repeats, in batches of {size}"
+    with pytest.raises(OptionError, match=words):
+        Order(pictures([(64, 64)] * count, repeats), Buckets(64, 16), size, Dice(0))
+
+
+def test_a_picture_that_is_never_repeated_does_not_come() -> None:
+    some = [*pictures([(64, 64)] * 3), Picture(Path("never.png"), "c", (64, 64), 0)]
+    order = Order(some, Buckets(64, 16), 2, Dice(0))
+    seen = {draw.picture.file.name for n in range(3 * order.per_epoch) for draw in order.batch(n)}
+    assert seen == {"0.png", "1.png", "2.png"}
+
+
 def test_a_hundred_thousand_pictures_are_no_burden() -> None:
     sizes = [(512 + n % 7 * 64, 512) for n in range(100_000)]
     order = Order(pictures(sizes), Buckets(512, 64), 8, Dice(0))
@@ -132,3 +172,16 @@ def test_tags_are_shuffled_after_those_that_stay() -> None:
     assert len(found) == 6
     assert all(caption.startswith("x, y, ") for caption in found)
     assert all(sorted(caption.split(", ")) == ["a", "b", "c", "x", "y"] for caption in found)
+
+
+@pytest.mark.parametrize("prefix", ["sks, dog, ", "sks", "x, a"])
+def test_a_prefix_stays_in_front_of_shuffled_tags(prefix: str) -> None:
+    caption = prefixed(prefix, "a, b, c")
+    own = Picture(Path("1.png"), caption, (8, 8), shuffle_tags=True, prefix=prefix)
+    found = {caption_of(own, Dice(1), (n, 0)) for n in range(200)}
+    assert len(found) == 6
+    assert all(one.startswith(prefixed(prefix, "x")[:-1]) for one in found)
+    kept = {caption_of(replace(own, keep_tokens=1), Dice(1), (n, 0)) for n in range(200)}
+    assert kept == {prefixed(prefix, "a, b, c"), prefixed(prefix, "a, c, b")}
+    alone = Picture(Path("1.png"), prefix, (8, 8), shuffle_tags=True, prefix=prefix)
+    assert caption_of(alone, Dice(1), (0, 0)) == prefix

@@ -224,10 +224,21 @@ def read_fittings(
     model: nn.Module, source: Source, choice: Choice, dtype: torch.dtype | None = None, strength: Strength = 1.0
 ) -> tuple[LoadReport, list[Fitting]]:
     """The adapters of an open file for the layers of `model`, for programs that put them on themselves."""
-    fittings, notes = [], []
     spots = every_spot(model, rows_in(source.keys))
     checkpoint = _read(source, {path: spot.site for path, spot in spots.items()}, choice)
     _complain(checkpoint.report, choice.strict)
+    return place(model, checkpoint, spots, dtype, strength)
+
+
+def place(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    spots: Mapping[str, Spot],
+    dtype: torch.dtype | None = None,
+    strength: Strength = 1.0,
+) -> tuple[LoadReport, list[Fitting]]:
+    """The layers of a checkpoint brought to those of `model`, whose `every_spot` is `spots`."""
+    fittings, notes = [], []
     spots = {path: spot_at(spots, path) for path in checkpoint.layers}
     check_engines(model, [(path, spot.holder) for path, spot in spots.items()])
     wanted = strengths_at(strength, [(path, spot.holder) for path, spot in spots.items()], model)

@@ -22,6 +22,7 @@ FLOORS = {
     "files": 3,
     "api": 4,
     "tools": 4,
+    "serving": 4,
     "integrations": 4,
     "kohya": 4,  # thin doors to integrations/, at the root
     "lycoris": 4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nerine.algorithms.base import Algorithm, Call, Design, Params, Sandwich, prefers_weight
+from nerine.algorithms.base import Algorithm, Call, Design, Params, Sandwich, prefers_weight, weight_pays_from
 from nerine.algorithms.boft import BOFT
 from nerine.algorithms.diag_oft import DiagOFT
 from nerine.algorithms.dora import DoRA
@@ -51,6 +51,7 @@ __all__ = [
     "TLoRA",
     "build",
     "prefers_weight",
+    "weight_pays_from",
 ]
 
 REGISTRY: Mapping[str, type[Algorithm]] = {

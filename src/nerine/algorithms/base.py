@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,19 +29,51 @@ from nerine.ops.recompute import contract, replay
 from nerine.ops.row_norm import norm_from_square, row_square
 from nerine.site import Site
 
-__all__ = ["FLOOR", "Algorithm", "Call", "ChangedInput", "Design", "Params", "Sandwich", "Strength", "prefers_weight"]
+__all__ = [
+    "FLOOR",
+    "Algorithm",
+    "Call",
+    "ChangedInput",
+    "Design",
+    "Params",
+    "Sandwich",
+    "Strength",
+    "prefers_weight",
+    "scaled",
+    "weight_pays_from",
+]
 
 BUILDING = 1.5  # the third product of the weight path and its building, in products of the layer's size (measured)
+TOUCH = 45  # multiply-adds in the time in which one entry in memory is read or written (measured, in fp32)
+LEAST_PASSES = 15  # over the weight, to build a changed one and to take its gradient apart
+T = TypeVar("T")
 Strength = Callable[[], Tensor | float] | None  # drawn only by who uses it; None is one
 
 FLOOR = 1e-12  # a row norm is never taken as less than this
 
 
 class Params(NamedTuple):
-    """The tensors of one adapter by name, and `scale`, settled once: alpha / rank, or the bound of a constraint."""
+    """The tensors of one adapter by name, and `scale`, settled once: alpha / rank, or the bound of a constraint.
+
+    `memo` is there while nobody changes the tensors or the weight and nothing is trained: it keeps what `once` is told.
+    """
 
     tensors: Mapping[str, Tensor]
     scale: float = 1.0
+    memo: dict[str, Any] | None = None
+
+    def once(self, name: str, find: Callable[[], T]) -> T:
+        """What `find` gives: under this name found a first time only, where there is a memo."""
+        if self.memo is None:
+            return find()
+        if name not in self.memo:
+            self.memo[name] = find()
+        found: T = self.memo[name]
+        return found
+
+    def remembering(self) -> Params:
+        """The same with a memo, for one call in which several ask for the same."""
+        return self if self.memo is not None else Params(self.tensors, self.scale, {})
 
     def filled(self, values: Iterable[Tensor]) -> Params:
         """The same adapter with other tensors, given in the order of these."""
@@ -131,6 +163,18 @@ def _fill(init: str, tensor: Tensor, rng: torch.Generator | None) -> Tensor:
     return tensor.normal_(0.0, float(value), generator=rng)
 
 
+def weight_pays_from(cost: int, site: Site, passes: int) -> float:
+    """From how many output positions on a step with the changed weight is cheaper all the same, for it takes its passes
+    over the weight and not over every position; infinite where it never is."""
+    saved = 3 * cost + TOUCH * passes * site.shape[0] - BUILDING * site.dense  # at each position
+    return math.inf if saved <= 0 else TOUCH * max(passes, LEAST_PASSES) * site.dense / saved
+
+
+def scaled(t: Tensor, scale: float) -> Tensor:
+    """t·scale, at no cost where that is one."""
+    return t if scale == 1.0 else t * scale
+
+
 def prefers_weight(cost: int, dense: int) -> bool:
     """Whether one product with the changed weight is cheaper than an activation face of `cost` beside the layer.
 
@@ -154,6 +198,7 @@ class Algorithm(ABC):
     source: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "transposed", "embedding"})
     instead: ClassVar[str] = "; extract as LoRA or LoKr instead"  # why there is no `fit`, and what to do
+    passes: ClassVar[int] = 6  # over the outputs, in a training step of the activation face (measured)
     keeps_mean: ClassVar[bool] = True  # whether dropped ranks are made up for by the others
 
     def __new__(cls, *args: Any, **settings: Any) -> Algorithm:

@@ -5,6 +5,7 @@ With all stages every output reaches every other one, at a small part of the cos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from nerine.algorithms.base import Call, Design, Params, Sandwich
 from nerine.algorithms.diag_oft import rotations, turned_and_rescaled
 from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_butterfly
 from nerine.axes import Layout, Sizes, Spec
-from nerine.ops.butterfly import butterfly, butterfly_deviation
+from nerine.ops.butterfly import added_by_runs, joined_stages, through_runs
 from nerine.ops.cayley import bounded, cayley, skew
 from nerine.ops.precision import same_dtype, wide
 from nerine.ops.recompute import replay
@@ -50,6 +51,7 @@ class BOFT(Sandwich):
 
     name = "boft"
     source = "Liu et al., arXiv:2311.06243"
+    passes = 60
     instead = ", for its stages turn one after the other; extract as DiagOFT, which has one, or as LoRA instead"
     pieces = frozenset({"post"})
     keeps_mean = False
@@ -102,16 +104,26 @@ class BOFT(Sandwich):
         return size << (stages - 1)
 
     def post(self, p: Params, t: Tensor) -> Tensor:
+        size, runs_of = p.tensors["blocks"].shape[-1], self._runs(p)
+
         def turned(t: Tensor, blocks: Tensor) -> Tensor:
-            return butterfly_deviation(t, self._turns(p, blocks))
+            return added_by_runs(t, runs_of(blocks), size)
 
         return turned_and_rescaled(p, t, replay(turned, t, p.tensors["blocks"]))
 
     @staticmethod
-    def _turns(p: Params, blocks: Tensor) -> Tensor:
-        """R - I of each stage `[m, n, s, s]`."""
-        _, n, size, _ = blocks.shape
-        return cayley(bounded(skew(blocks), p.scale * n * size))
+    def _runs(p: Params) -> Callable[[Tensor], list[Tensor]]:
+        """The stages joined into larger blocks, as a function of the blocks: where a layer is small they are too much
+        to be kept for backward, which makes them again."""
+
+        def found(blocks: Tensor) -> list[Tensor]:
+            _, n, size, _ = blocks.shape
+            return joined_stages(cayley(bounded(skew(blocks), p.scale * n * size)))
+
+        if torch.is_grad_enabled():
+            return found
+        kept = p.once("runs", lambda: found(p.tensors["blocks"]))
+        return lambda blocks: kept
 
     def output(self, p: Params, call: Call) -> Tensor:
         """rescale ∘ R·y + (bias - rescale ∘ R·bias), of which only y is kept."""
@@ -119,21 +131,21 @@ class BOFT(Sandwich):
         if call.y.dtype.itemsize < 4 or self._crosses_groups(p, site):
             return super().output(p, call)
 
+        size, runs_of = p.tensors["blocks"].shape[-1], self._runs(p)
         bias = [] if call.bias is None else [call.bias]
+        gain = [p.tensors["rescale"].reshape(-1)] if "rescale" in p.tensors else []
 
-        def turned(t: Tensor, *values: Tensor) -> Tensor:
-            own = p.filled(values[len(bias) :])
-            turns = self._turns(own, own.tensors["blocks"])
-            gain = own.tensors["rescale"].reshape(-1) if "rescale" in own.tensors else None
+        def turned(t: Tensor, blocks: Tensor, *values: Tensor) -> Tensor:
+            runs = runs_of(blocks)
 
             def whole(t: Tensor) -> Tensor:
-                y = butterfly(t, turns)
-                return y if gain is None else y * same_dtype(gain, y)
+                y = through_runs(t, runs, size)
+                return y * same_dtype(values[-1], y) if gain else y
 
             y = whole(t)
             return y + same_dtype(wide(values[0]) - whole(wide(values[0])), y) if bias else y
 
-        return site.channels_first(replay(turned, site.channels_last(call.y), *bias, *p.tensors.values()))
+        return site.channels_first(replay(turned, site.channels_last(call.y), p.tensors["blocks"], *bias, *gain))
 
     def cost(self, site: Site, design: Design) -> int:
         return site.shape[0] * design.sizes["s"] * design.sizes["m"]

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import Call, Design, Params, Sandwich
+from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_flag, check_number, check_rank, nearest_divisor
 from nerine.axes import Layout, Spec
 from nerine.ops.blocks import turn_channels
-from nerine.ops.cayley import bounded, cayley, skew
+from nerine.ops.cayley import bounded, cayley, skew, unit
 from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.procrustes import nearest_turn, nearest_turn_and_gain
-from nerine.ops.recompute import replay
+from nerine.ops.row_norm import norm_from_square, turned_row_square
 from nerine.site import Site
 
 __all__ = ["DiagOFT", "rotations", "turned_and_rescaled"]
@@ -55,6 +55,7 @@ class DiagOFT(Sandwich):
 
     name = "diag-oft"
     source = "Qiu et al., arXiv:2306.07280"
+    passes = 8
     pieces = frozenset({"post"})
     keeps_mean = False
     block_size: int = 32
@@ -93,8 +94,7 @@ class DiagOFT(Sandwich):
         return p.tensors["blocks"].shape[1]
 
     def post(self, p: Params, t: Tensor) -> Tensor:
-        turn = replay(lambda blocks: self._turn(p, blocks), p.tensors["blocks"])
-        return turned_and_rescaled(p, t, turn_channels(t, turn))
+        return turned_and_rescaled(p, t, turn_channels(t, p.once("turn", lambda: self._turn(p, p.tensors["blocks"]))))
 
     def output(self, p: Params, call: Call) -> Tensor:
         """(y - bias)·R + bias in one pass over y, with the factor of each output in R."""
@@ -102,18 +102,24 @@ class DiagOFT(Sandwich):
         if call.y.dtype.itemsize < 4 or self._crosses_groups(p, site):
             return super().output(p, call)
 
-        def whole(blocks: Tensor, *rescale: Tensor) -> Tensor:
-            turn = self._turn(p, blocks)
-            matrices = turn + torch.diag_embed(torch.ones_like(turn[..., 0]))
-            return matrices * rescale[0].reshape(len(blocks), 1, -1) if rescale else matrices
-
-        matrices = replay(whole, *p.tensors.values())
+        matrices = p.once("matrices", lambda: self._whole(p))
         offset = None
         if call.bias is not None:
             with full_precision(call.y):
                 bias = wide(call.bias).reshape(len(matrices), 1, -1)
                 offset = (bias - torch.bmm(bias, matrices)).reshape(-1)
         return site.channels_first(turn_channels(site.channels_last(call.y), matrices, offset))
+
+    def _whole(self, p: Params) -> Tensor:
+        """R `[n, s, s]`, with the factor of each output in it."""
+        turn = self._turn(p, p.tensors["blocks"])
+        matrices = turn + unit(turn)
+        return matrices * p.tensors["rescale"].reshape(len(turn), 1, -1) if "rescale" in p.tensors else matrices
+
+    def row_norm(self, p: Params, weight: Tensor) -> Tensor:
+        """|Rᵀ·W| from the products of the rows within each block, which are as small as the blocks."""
+        matrices = p.once("matrices", lambda: self._whole(p))
+        return norm_from_square(turned_row_square(weight, matrices), FLOOR)
 
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:
         """The blocks that turn the weight nearest to `target` (Procrustes), within the bound; with `rescale` the

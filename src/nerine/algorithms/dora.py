@@ -19,7 +19,7 @@ from nerine.axes import Layout, Spec
 from nerine.errors import OptionError
 from nerine.ops.direction_fit import best_lengths
 from nerine.ops.precision import full_precision, same_dtype, wide
-from nerine.ops.rescale import rescale
+from nerine.ops.rescale import gain_of, stretch
 from nerine.ops.row_norm import norm_from_square, row_square
 from nerine.site import Site
 
@@ -112,6 +112,10 @@ class DoRA(Algorithm):
         inner, note = self.inner.complete(inner, weight)
         return self._joined(magnitude, inner), note
 
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        return self.inner.passes + 8
+
     # -- what the inner algorithm decides --------------------------------------------------------------------------
     @property
     def keeps_mean(self) -> bool:  # type: ignore[override]
@@ -169,13 +173,12 @@ class DoRA(Algorithm):
 
     def _gain(self, magnitude: Tensor, norm: Tensor) -> Tensor:
         """m / |V| as a vector; one where the magnitude is zero."""
-        magnitude = magnitude.reshape(-1)
-        gain = magnitude / (norm.detach() if self.detach_norm else norm)
-        return torch.where(magnitude == 0, torch.ones_like(gain), gain)
+        return gain_of(magnitude.reshape(-1), norm.detach() if self.detach_norm else norm)
 
     @staticmethod
     def _split(p: Params) -> tuple[Tensor, Params]:
-        return p.tensors["magnitude"], p.without("magnitude")
+        inner = {name: t for name, t in p.tensors.items() if name != "magnitude"}
+        return p.tensors["magnitude"], Params(inner, p.scale, p.memo)
 
     @staticmethod
     def _joined(magnitude: Tensor, inner: Params) -> Params:
@@ -183,7 +186,8 @@ class DoRA(Algorithm):
 
     def _inner_and_gain(self, p: Params, call: Call) -> tuple[Params, Tensor]:
         magnitude, inner = self._split(p)
-        return inner, self._gain(magnitude, self.inner.row_norm(inner, call.weight()))
+        inner = inner.remembering()
+        return inner, self._gain(magnitude, p.once("norm", lambda: self.inner.row_norm(inner, call.weight())))
 
     # -- the two faces -------------------------------------------------------------------------------------------
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
@@ -192,6 +196,11 @@ class DoRA(Algorithm):
         v = weight + d
         gain = self._gain(magnitude, self._norm(v))
         return d + self._view(gain - 1, weight.dim()) * v
+
+    def weight(self, p: Params, weight: Tensor) -> Tensor:
+        magnitude, inner = self._split(p)
+        v = self.inner.weight(inner, weight)
+        return v * self._view(self._gain(magnitude, self._norm(v)), weight.dim())
 
     def deviation(self, p: Params, call: Call) -> Tensor:
         if self.axis == "in":
@@ -204,10 +213,11 @@ class DoRA(Algorithm):
         """m/|V| · (y + d) + (1 - m/|V|) · bias: one pass over the output of the inner adapter."""
         if self.axis == "in":
             return super().output(p, call)
-        inner, gain = self._inner_and_gain(p, call)
-        u = self.inner.output(inner, call)
-        offset = torch.zeros_like(gain) if call.bias is None else call.bias * (1 - gain)
-        return rescale(u, same_dtype(gain, u), same_dtype(offset, u), call.site.channel)
+        magnitude, inner = self._split(p)
+        inner = inner.remembering()
+        norm = p.once("norm", lambda: self.inner.row_norm(inner, call.weight()))
+        norm = norm.detach() if self.detach_norm else norm
+        return stretch(self.inner.output(inner, call), magnitude.reshape(-1), norm, call.bias, call.site.channel)
 
     def acts_on_input(self, site: Site, layout: Layout) -> bool:
         return self.axis == "in" and site.kind != "embedding"
@@ -219,10 +229,14 @@ class DoRA(Algorithm):
         if strength is not None or not self.acts_on_input(site, self.layouts[0]):
             return None
         magnitude, inner = self._split(p)
-        gain = self._gain(magnitude, self.inner.column_norm(inner, weight())).repeat(site.groups)
+        norm = p.once("column norm", lambda: self.inner.column_norm(inner, weight()))
+        gain = self._gain(magnitude, norm).repeat(site.groups)
         return ChangedInput(x * same_dtype(site.over_channels(gain), x), (self.inner, inner))
 
     def cost(self, site: Site, design: Design) -> int:
         if self.axis == "in" and site.kind == "embedding":
             return site.dense
-        return self.inner.cost(site, design)
+        builds = (
+            type(self.inner).row_norm is Algorithm.row_norm and self.axis == "out"
+        )  # the changed weight, for a norm
+        return site.dense if builds else min(site.dense, self.inner.cost(site, design) * 3 // 2)

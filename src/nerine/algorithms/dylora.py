@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import Design, Params
+from nerine.algorithms.base import Design, Params, scaled
 from nerine.algorithms.low_rank import PLAIN, LowRank
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout
@@ -67,4 +67,4 @@ class DyLoRA(LowRank):
         return self.nearest(site, weight, target, self.rank, scale_of(self.rank, self.alpha, self.rs))
 
     def factors(self, p: Params) -> tuple[Tensor, Tensor]:
-        return p.tensors["up"].flatten(1) * p.scale, p.tensors["down"]
+        return scaled(p.tensors["up"].flatten(1), p.scale), p.tensors["down"]

@@ -97,7 +97,7 @@ class GLoRA(Sandwich):
         site, t = call.site, p.tensors
         if site.kind == "embedding":
             return Algorithm.deviation(self, p, call)
-        first, b1 = self._ups(p, call.weight())
+        first, b1 = p.once("ups", lambda: self._ups(p, call.weight()))
         rank = b1.shape[1]
         if site.kind == "linear":
             h = site.narrow(2 * rank).op(call.x, torch.cat([t["a2"], t["b2"]]))
@@ -112,7 +112,7 @@ class GLoRA(Sandwich):
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
         if weight.dim() > 2:
             return super().row_norm(p, weight)
-        first, b1 = self._ups(p, weight)
+        first, b1 = p.once("ups", lambda: self._ups(p, weight))
         down = torch.cat([p.tensors["a2"], p.tensors["b2"]])
         return norm_from_square(low_rank_row_square(weight, torch.cat([first, b1], 1), down), FLOOR)
 

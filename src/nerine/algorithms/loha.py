@@ -6,19 +6,21 @@ rank r², built on the fly from the small factors and never kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import Call, Design, Params, Sandwich
+from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Spec
 from nerine.errors import OptionError
 from nerine.ops.hadamard_fit import nearest_hadamard
 from nerine.ops.khatri_rao import paired_columns, paired_rows
 from nerine.ops.precision import full_precision, wide
-from nerine.ops.recompute import contract
+from nerine.ops.recompute import contract, replay
+from nerine.ops.row_norm import low_rank_row_norm
 from nerine.ops.tucker import tucker
 from nerine.site import Site
 
@@ -43,6 +45,13 @@ _TUCKER = Layout(
         "w2_b": Spec("rank in", "hada_w2_b", init="normal:1"),
     }
 )
+
+
+_SQUARED = 576  # ranks of the product up to which a norm from its factors is cheaper
+
+
+def _called(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return function(*tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +124,23 @@ class LoHa(Sandwich):
 
         h = contract(site.narrow(rank), call.x, down, [t["w1_b"], t["w2_b"]], lambda x, *_: site.prepared(x))
         return contract(site.widen(rank), h, up, [t["w1_a"], t["w2_a"]], lambda h, *_: h, into=into)
+
+    def row_norm(self, p: Params, weight: Tensor) -> Tensor:
+        """From the factors of rank r², where they are cheaper than the passes over a weight that is built."""
+        t = p.tensors
+        squared = t["w1_b"].shape[0] ** 2
+        if "t1" in t or squared > _SQUARED:
+            return super().row_norm(p, weight)
+
+        def norm(weight: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+            with full_precision(a1):
+                up, down = paired_rows(a1, a2), paired_columns(b1, b2)
+            return low_rank_row_norm(weight, up, down, p.scale, FLOOR)
+
+        found: Tensor
+        keeps_much = 2 * squared * (2 * weight.shape[0] + t["w1_b"].shape[1]) > weight.numel()
+        found = (replay if keeps_much else _called)(norm, weight, *(t[n] for n in ("w1_a", "w1_b", "w2_a", "w2_b")))
+        return found
 
     @torch.no_grad()
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:

@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
+from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich, scaled
 from nerine.algorithms.settings import check_alpha, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Shape, Sizes, Spec
 from nerine.errors import OptionError
-from nerine.ops.kron import add_kron, factorize, kron, kron_row_square, mix_channels
+from nerine.ops.kron import add_kron, factorize, kron, kron_row_norm, mix_channels
 from nerine.ops.kron_fit import low_rank_kron
 from nerine.ops.precision import full_precision, same_dtype, wide
 from nerine.ops.recompute import contract
-from nerine.ops.row_norm import norm_from_square
 from nerine.ops.tucker import tucker
 from nerine.site import Site
 
@@ -61,6 +60,7 @@ class LoKr(Sandwich):
 
     name = "lokr"
     source = "Yeh et al., arXiv:2309.14859"
+    passes = 18
     rank: int = 16
     alpha: float | None = None
     factor: int = -1
@@ -115,23 +115,27 @@ class LoKr(Sandwich):
         if "w1" in t:
             return t["w1"]
         with full_precision(t["w1_a"]):
-            return t["w1_a"] @ t["w1_b"]
+            return p.once("w1", lambda: t["w1_a"] @ t["w1_b"])
 
     @staticmethod
     def _w2(p: Params, kernel: Shape) -> Tensor:
         t = p.tensors
         if "w2" in t:
             return t["w2"]
-        with full_precision(t["w2_a"]):
-            if "t2" in t:
-                return tucker(t["t2"], t["w2_a"].mT, t["w2_b"])
-            return (t["w2_a"] @ t["w2_b"]).reshape(t["w2_a"].shape[0], -1, *kernel)
+
+        def product() -> Tensor:
+            with full_precision(t["w2_a"]):
+                if "t2" in t:
+                    return tucker(t["t2"], t["w2_a"].mT, t["w2_b"])
+                return (t["w2_a"] @ t["w2_b"]).reshape(t["w2_a"].shape[0], -1, *kernel)
+
+        return p.once("w2", product)
 
     def delta(self, p: Params, shape: Shape) -> Tensor:
         return kron(self._w1(p), self._w2(p, shape[2:]))
 
     def weight(self, p: Params, weight: Tensor) -> Tensor:
-        return add_kron(wide(weight), self._w1(p) * p.scale, self._w2(p, tuple(weight.shape[2:])))
+        return add_kron(wide(weight), scaled(self._w1(p), p.scale), self._w2(p, tuple(weight.shape[2:])))
 
     def output(self, p: Params, call: Call) -> Tensor:
         return super().output(p, call) if call.sink is None else self._apply(p, call, call.sink)
@@ -142,7 +146,7 @@ class LoKr(Sandwich):
     def _apply(self, p: Params, call: Call, into: Tensor | None = None) -> Tensor:
         """The factors one after the other on the channels; the result is added to `into` where that is given."""
         site = call.site
-        w1, w2 = self._w1(p) * p.scale, self._w2(p, site.kernel)
+        w1, w2 = scaled(self._w1(p), p.scale), self._w2(p, site.kernel)
         if site.kind == "embedding":  # token c·d + i is row c of w1ᵀ beside row i of w2ᵀ
             size = w2.shape[1]
             rows = w1.mT[call.x // size][..., :, None] * w2.mT[call.x % size][..., None, :]
@@ -175,8 +179,8 @@ class LoKr(Sandwich):
         return Params({name: t.reshape(shapes[name]) for name, t in pairs}, design.scale)
 
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
-        w1, w2 = self._w1(p) * p.scale, self._w2(p, tuple(weight.shape[2:]))
-        return norm_from_square(kron_row_square(weight, w1, w2), FLOOR)
+        w1, w2 = scaled(self._w1(p), p.scale), self._w2(p, tuple(weight.shape[2:]))
+        return kron_row_norm(weight, w1, w2, FLOOR)
 
     def cost(self, site: Site, design: Design) -> int:
         if site.groups > 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import Design, Params
+from nerine.algorithms.base import Design, Params, scaled
 from nerine.algorithms.low_rank import DOWN, PLAIN, UP, LowRank, best_low_rank, from_base
 from nerine.algorithms.settings import check_alpha, check_choice, check_flag, check_rank, scale_of
 from nerine.axes import Layout, Spec
@@ -109,7 +109,7 @@ class LoRA(LowRank):
                 down = tucker_in(p.tensors["mid"], down.flatten(1))
         if "base_down" in p.tensors:
             up, down = from_base(up, down, p.tensors["base_up"].flatten(1), p.tensors["base_down"])
-        return up * p.scale, down
+        return scaled(up, p.scale), down
 
     def cost(self, site: Site, design: Design) -> int:
         return site.low_rank_cost(design.sizes["rank"] * (2 if "base_down" in design.layout.specs else 1))

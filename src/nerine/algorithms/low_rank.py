@@ -10,11 +10,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich
+from nerine.algorithms.base import FLOOR, Call, Design, Params, Sandwich, scaled
 from nerine.axes import Layout, Shape, Spec
 from nerine.ops.low_rank_fit import leading
 from nerine.ops.precision import full_precision, same_dtype, wide
-from nerine.ops.row_norm import low_rank_column_square, low_rank_row_square, low_rank_size, norm_from_square
+from nerine.ops.row_norm import low_rank_column_square, low_rank_row_norm, low_rank_size, norm_from_square
 from nerine.site import Site
 
 __all__ = ["DOWN", "PLAIN", "UP", "LowRank", "best_low_rank", "from_base"]
@@ -50,27 +50,32 @@ class LowRank(Sandwich):
         total.view(total.shape[0], -1).addmm_(up, down)
         return total
 
+    def _bare(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The factors without the scale."""
+        return p.once("factors", lambda: self.factors(Params(p.tensors)))
+
     def _through(self, p: Params, call: Call) -> tuple[Tensor, Tensor]:
-        """down(x) and up, scale in it."""
-        up, down = self.factors(p)
-        h = call.site.narrow(down.shape[0]).op(call.x, call.site.per_group(down))
+        """down(x), and up without the scale."""
+        up, down = self._bare(p)
+        h = call.site.op(call.x, call.site.per_group(down))  # an operation that has as many outputs as its weight
         if call.gate is not None:
             h = h * _over_samples(call.gate, h, call.site)
         return h, same_dtype(up, h)
 
     def add(self, p: Params, call: Call) -> Tensor:
         h, up = self._through(p, call)
-        return call.site.widen(up.shape[1]).op(h, up.reshape(*up.shape, *[1] * len(call.site.kernel)))
+        up = scaled(up, p.scale)
+        return call.site.spread(h, up.reshape(*up.shape, *[1] * len(call.site.kernel)))
 
     def output(self, p: Params, call: Call) -> Tensor:
         if call.sink is None or call.y.dim() != 2:
             return super().output(p, call)
-        h, up = self._through(p, call)  # y + up·h as one product, in the memory of y
-        return call.y.addmm_(h, up.mT) if h.dtype == call.y.dtype else super().output(p, call)
+        h, up = self._through(p, call)  # y + scale·up·h as one product, in the memory of y
+        return call.y.addmm_(h, up.mT, alpha=p.scale) if h.dtype == call.y.dtype else super().output(p, call)
 
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
-        up, down = self.factors(p)
-        return norm_from_square(low_rank_row_square(weight, up, down.flatten(1)), FLOOR)
+        up, down = self._bare(p)
+        return low_rank_row_norm(weight, up, down.flatten(1), p.scale, FLOOR)
 
     def column_norm(self, p: Params, weight: Tensor) -> Tensor:
         up, down = self.factors(p)

@@ -91,7 +91,7 @@ class OFTv2(Sandwich):
         return neumann(q, self.terms) if self.terms else cayley(-q)
 
     def pre(self, p: Params, t: Tensor, transpose: bool = False) -> Tensor:
-        turn = replay(self._turn, p.tensors["upper"])
+        turn = p.once("turn", lambda: replay(self._turn, p.tensors["upper"]))
         return turn_channels(t, turn.mT if transpose else turn)
 
     def cost(self, site: Site, design: Design) -> int:

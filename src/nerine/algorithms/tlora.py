@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nerine.algorithms.base import Design, Params
+from nerine.algorithms.base import Design, Params, scaled
 from nerine.algorithms.low_rank import LowRank, from_base
 from nerine.algorithms.settings import check_alpha, check_choice, check_flag, check_number, check_rank, scale_of
 from nerine.axes import Layout, Spec
@@ -137,4 +137,4 @@ class TLoRA(LowRank):
         t = p.tensors
         up, base_up = (t[f"{of}p"].flatten(1) * t[f"{of}lambda"].reshape(1, -1) for of in ("", "base_"))
         up, down = from_base(up, t["q"], base_up, t["base_q"])
-        return up * p.scale, down
+        return scaled(up, p.scale), down

@@ -10,17 +10,18 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nerine.algorithms import Algorithm, Design, Params, prefers_weight
+from nerine.algorithms import Algorithm, Design, Params, prefers_weight, weight_pays_from
 from nerine.axes import bind
 from nerine.errors import OptionError, ShapeError
 from nerine.model.offload import computes_on, unhook
 from nerine.model.sharded import copy_into, is_split, shape_of, whole
+from nerine.ops.kernel_choice import Choice
 from nerine.ops.precision import wide
 from nerine.site import Site
 
@@ -61,9 +62,10 @@ class Context:
     ranks: Callable[[], Tensor | None] | None = None
     model: weakref.ref[nn.Module] | None = None
     looks: int = 0
+    kernels: Choice = field(default_factory=dict)  # see `Network.use_kernels`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "model": None}  # a copy of the adapters belongs to a copy of the model
+        return {**self.__dict__, "model": None, "kernels": {}}  # a copy of the adapters belongs to a copy of the model
 
 
 class Drawn(NamedTuple):
@@ -181,12 +183,28 @@ class Adapter(nn.Module):
         self.gates = tuple((name, axis + lead) for name, axis in layout.gates(bool(site.kernel)))
         if self.noise.rank_dropout and not self.gates:
             raise OptionError(f"{where}: {algorithm} names no axis along which ranks could be dropped (rank_dropout)")
-        self.prefers_weight = prefers_weight(algorithm.cost(site, Design(layout, sizes)), site.dense)
+        self._choose_path(algorithm.cost(site, Design(layout, sizes)))
         if any(t.is_meta for t in params.tensors.values()):
             self.pending = "start"
         self._watch(*self._parameters)
         self.draws_itself = getattr(algorithm, "inner", algorithm).__class__.draw is not Algorithm.draw
         self.has_gate = getattr(algorithm, "inner", algorithm).__class__.gate is not Algorithm.gate
+
+    def _choose_path(self, cost: int) -> None:
+        """Whether a changed weight may stand in: always, never, or (None) from so many output positions on."""
+        self.weight_pays_from = weight_pays_from(cost, self.site, self.algorithm.passes)
+        always = prefers_weight(cost, self.site.dense)
+        depends = self.site.kind in ("linear", "conv") and math.isfinite(self.weight_pays_from)
+        self.prefers_weight: bool | None = None if depends and not always else always
+
+    def takes_weight(self, x: Tensor) -> bool:
+        """Whether it does for the activation `x`."""
+        if self.prefers_weight is not None:
+            return self.prefers_weight
+        if torch.compiler.is_compiling():  # which would start again for another number of positions
+            return False
+        positions = x.numel() // max(1, x.shape[self.site.channel] * math.prod(self.site.stride))
+        return positions >= self.weight_pays_from
 
     def params(self) -> Params:
         """The tensors as they are stored, a learned scalar among them; gathered where an engine has split them."""

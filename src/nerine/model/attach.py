@@ -2,7 +2,8 @@
 
 An adapted module keeps its class, its weights and its keys. The module that holds the weight gets a `Mount` and a child
 module `nerine` with the adapters it owns; the module whose forward uses the weight (mostly the same one) gets one
-instance attribute `forward`, inside the hooks of accelerate and diffusers. Removing the last adapter removes all.
+instance attribute `forward`, inside the hooks of accelerate and diffusers. A mount may also have no adapter of its own
+and be served from elsewhere (see `serving`). Removing the last of these removes all.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from nerine.errors import OptionError
 from nerine.model.adapter import Adapter
 from nerine.model.forward import adapted_forward
 from nerine.model.merge import unmerge_layer
-from nerine.model.mount import MOUNTS, USES, Mount, Spot, adapters_of, mounts_of, owned
+from nerine.model.mount import MOUNTS, USES, Mount, Served, Spot, adapters_of, mounts_of, owned
 from nerine.model.offload import forward_slots, innermost
 
-__all__ = ["check_free", "put_on", "take_off"]
+__all__ = ["check_free", "put_on", "serve", "stop_serving", "take_off"]
 
 
 def check_free(spots: list[Spot]) -> None:
@@ -49,22 +50,13 @@ def put_on(spot: Spot, name: str, adapter: Adapter, own: bool) -> None:
     Raises:
         OptionError: there already is an adapter of that name.
     """
-    holder, caller = spot.holder, spot.caller or spot.holder
-    mounts = holder.__dict__.setdefault(MOUNTS, {})
-    mount = mounts.get(spot.key)
+    holder = spot.holder
+    mount = holder.__dict__.get(MOUNTS, {}).get(spot.key)
     if mount is not None and name in dict(adapters_of(holder, mount)):
         raise OptionError(
             f"{spot.path} already has an adapter called {name!r}; detach it first, or choose another name"
         )
-    if mount is None:
-        tail = spot.attr if spot.caller is holder else ""
-        child = "nerine" if spot.key == "weight" else f"nerine_{spot.key}"
-        mount = mounts[spot.key] = Mount(spot.path, spot.site, spot.attr, spot.rows, tail, child)
-        uses = caller.__dict__.setdefault(USES, [])
-        if not uses:
-            (space, key), before = innermost(caller)
-            space[key] = functools.partial(adapted_forward, caller, before)
-        uses.append((holder, mount))
+    mount = _mount_at(spot)
     adapter.train(holder.training)
     if own:
         if mount.child not in holder._modules:
@@ -74,8 +66,52 @@ def put_on(spot: Spot, name: str, adapter: Adapter, own: bool) -> None:
         mount.loose[name] = adapter
 
 
+def _mount_at(spot: Spot) -> Mount:
+    """The mount of the weight at `spot`; where there was none, one without adapters, and our forward in its caller."""
+    holder, caller = spot.holder, spot.caller or spot.holder
+    mounts: dict[str, Mount] = holder.__dict__.setdefault(MOUNTS, {})
+    if spot.key in mounts:
+        return mounts[spot.key]
+    tail = spot.attr if spot.caller is holder else ""
+    child = "nerine" if spot.key == "weight" else f"nerine_{spot.key}"
+    mount = mounts[spot.key] = Mount(spot.path, spot.site, spot.attr, spot.rows, tail, child)
+    uses = caller.__dict__.setdefault(USES, [])
+    if not uses:
+        (space, key), before = innermost(caller)
+        space[key] = functools.partial(adapted_forward, caller, before)
+    uses.append((holder, mount))
+    return mount
+
+
+def serve(spot: Spot, served: Served) -> Mount:
+    """Let `served` say what is added to the output of the layer at `spot`, beside the adapters that it may have.
+
+    Raises:
+        OptionError: something else serves that layer.
+    """
+    mount = spot.holder.__dict__.get(MOUNTS, {}).get(spot.key)
+    if mount is not None and mount.served is not None:
+        raise OptionError(
+            f"{spot.path} is served by another shelf: add its adapters to that one, or detach it before this one comes"
+        )
+    mount = _mount_at(spot)
+    mount.served = served
+    return mount
+
+
+def stop_serving(spot: Spot) -> None:
+    """Undo `serve`; without adapters of its own the layer loses every trace of nerine."""
+    mount = spot.holder.__dict__.get(MOUNTS, {}).get(spot.key)
+    if mount is None:
+        return
+    mount.served = None
+    if next(adapters_of(spot.holder, mount), None) is None:
+        _forget(spot.caller or spot.holder, spot.holder, mount)
+
+
 def take_off(caller: nn.Module, name: str) -> None:
-    """Remove the adapter `name` from the weights that `caller` uses; with the last one, every trace of nerine.
+    """Remove the adapter `name` from the weights that `caller` uses; with the last one, every trace of nerine
+    (unless the weight is served from elsewhere).
 
     A merged weight gets its bits back, unless it was merged for good (`keep_original=False`).
     """
@@ -89,7 +125,7 @@ def take_off(caller: nn.Module, name: str) -> None:
                 del holder._modules[mount.child]
         mount.loose.pop(name, None)
         mount.off.discard(name)
-        if next(adapters_of(holder, mount), None) is None:
+        if mount.served is None and next(adapters_of(holder, mount), None) is None:
             _forget(caller, holder, mount)
 
 

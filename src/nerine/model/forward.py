@@ -6,6 +6,7 @@ weights that only their module can use.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from nerine.algorithms import Call
 from nerine.errors import DeviceError, UnsupportedBase
 from nerine.model.adapter import Adapter, Drawn
+from nerine.model.lane import Lane, lane_for
 from nerine.model.layer import call_site, plain_forward
 from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, keep_from_groups, settle
 from nerine.model.sharded import check_known_to_engine, drawn_alike, is_split, like, whole
-from nerine.model.sums import summed, summed_bias
+from nerine.model.sums import Share, summed, summed_bias
 from nerine.model.through_module import through_module
+from nerine.ops.kernel_choice import using
 from nerine.ops.precision import compute_dtype, same_dtype
 from nerine.ops.recompute import contract
 from nerine.site import Site
@@ -69,6 +72,13 @@ def _check_places(is_plain: bool, found: list[tuple[nn.Module, Mount, list[Adapt
 def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """The forward of an adapted module; `before` is the instance's own forward from before, if it had one."""
     uses: list[Use] = layer.__dict__[USES]
+    if len(uses) == 1 and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        lane: Lane | None = uses[0][1].lane
+        if lane is not None:
+            if lane.is_open(args[0]):
+                with _kernels_of(lane.adapter):
+                    return _along(layer, lane, args[0])
+            uses[0][1].lane = None
     base = before if before is not None else functools.partial(type(layer).forward, layer)
     found = [(holder, mount, _active(holder, mount)) for holder, mount in uses]
     if not torch.compiler.is_compiling():  # a flag that changes would make the compiler start again
@@ -77,6 +87,8 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
         for _, mount, active in found:
             for adapter in active:
                 check_known_to_engine(mount.path, adapter.parameters(), adapter.belongs)
+    if any(_is_served(mount) for _, mount in uses):
+        return _served(layer, base, found, args, kwargs)
     if not any(active for *_, active in found):
         return base(*args, **kwargs)
     is_plain = before is None and plain_forward(layer)
@@ -88,11 +100,67 @@ def adapted_forward(layer: nn.Module, before: Callable[..., Any] | None, *args: 
     if len(found) == 1 and found[0][1].rows is None:
         _, mount, active = found[0]
         y = _whole(layer, is_plain, base, mount, active, args, kwargs)
+        if is_plain and not torch.compiler.is_compiling():
+            mount.lane = lane_for(layer, mount, active)
         return y if mount.site.kind != "embedding" else _without_padding(layer, y, _input_of(args, kwargs))
     y = base(*args, **kwargs)
     for holder, mount, active in found:
         y = _on_rows(y, holder, mount, active, _input_of(args, kwargs))
     return y
+
+
+def _kernels_of(adapter: Adapter) -> contextlib.AbstractContextManager[object]:
+    kernels = adapter.context.kernels
+    return using(kernels) if kernels else contextlib.nullcontext()
+
+
+def _along(layer: nn.Module, lane: Lane, x: Tensor) -> Tensor:
+    """What `_cheapest` does, where the lane knows the answers to most of what it asks."""
+    now, weight, site, algorithm = lane.tensors(x), lane.read(x), lane.mount.site, lane.adapter.algorithm
+    base: Callable[..., Tensor] = functools.partial(type(layer).forward, layer)
+    if now.gate is None and compute_dtype(x).itemsize >= 4:
+        drawn = (lane.adapter, now)
+        if now.params.memo is not None and lane.mount.kept is not None and lane.mount.kept.weights:
+            return _with_kept_weight(layer, weight, [drawn], x)
+        if lane.by_input:
+            y = _by_input(base, weight, site, drawn, (x,), {})
+            if y is not None:
+                return y
+        if lane.adapter.takes_weight(x):
+            return _weight_path(layer, weight, site, [drawn], x)
+    y = base(x)
+    call = Call(site, x, y, lane.bias_now(), weight, True, now.gate)
+    if lane.adapter.strength != 1.0:
+        return y + same_dtype(_deviation(lane.adapter, now, call), y)
+    y = algorithm.output(now.params, call)
+    shift = algorithm.shift(now.params)
+    return y if shift is None else y + same_dtype(site.over_channels(shift), y)
+
+
+def _is_served(mount: Mount) -> bool:
+    return mount.served is not None and (torch.compiler.is_compiling() or not mount.served.is_idle())
+
+
+def _served(
+    layer: nn.Module,
+    base: Callable[..., Any],
+    found: list[tuple[nn.Module, Mount, list[Adapter]]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A layer that also has adapters of samples (`Mount.served`): all of them are added to its own output."""
+    x, y = _input_of(args, kwargs), base(*args, **kwargs)
+    changed = y
+    for holder, mount, active in found:
+        weight = Weight(holder, mount, x.device)
+        site = call_site(layer, mount.site, args, kwargs)
+        call = Call(site, _readable(x, y), y, bias_at(holder, mount), weight)
+        with weight.unkept():
+            for adapter in active:
+                changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
+            more = None if mount.served is None else mount.served.serve(call)
+            changed = changed if more is None else changed + same_dtype(more, y)
+    return changed
 
 
 def _whole(
@@ -108,7 +176,7 @@ def _whole(
     x = _input_of(args, kwargs)
     drawn = [(adapter, adapter(x)) for adapter in active]
     weight = Weight(layer, mount, x.device)
-    with weight.unkept():
+    with weight.unkept(), _kernels_of(active[0]):
         return _cheapest(layer, is_plain, base, weight, drawn, args, kwargs)
 
 
@@ -128,7 +196,7 @@ def _cheapest(
             y = _by_input(base, weight, site, drawn[0], args, kwargs)
             if y is not None:
                 return y
-        if is_plain and weight.storage is None and any(adapter.prefers_weight for adapter, _ in drawn):
+        if is_plain and weight.storage is None and any(adapter.takes_weight(x) for adapter, _ in drawn):
             return _weight_path(layer, weight, site, drawn, x)
     y = base(*args, **kwargs)
     if weight.storage is not None and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
@@ -149,7 +217,8 @@ def _beside(is_plain: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call:
     """The layer's output `y` with the deviations of all adapters added."""
     (first, (params, gate)), *others = drawn
     if not others and first.is_plain:
-        y = first.algorithm.output(params, replace(call, fresh=is_plain, gate=gate))
+        own = Call(call.site, call.x, y, call.bias, call.weight, is_plain, gate)
+        y = first.algorithm.output(params, own)
         shift = first.algorithm.shift(params)
         return y if shift is None else y + same_dtype(call.site.over_channels(shift), y)
     for adapter, now in drawn:
@@ -258,6 +327,18 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     if mount.rows is None:
         return changed
     return torch.cat([y.narrow(dim, 0, start), changed, y.narrow(dim, stop, y.shape[dim] - stop)], dim)
+
+
+def _with_kept_weight(layer: nn.Module, weight: Weight, drawn: list[tuple[Adapter, Drawn]], x: Tensor) -> Tensor:
+    """The same with a weight that is built once, while nothing changes."""
+    (adapter, now), *_ = drawn
+
+    def changed() -> tuple[Tensor, Tensor | None]:
+        shares: list[Share] = [(adapter, now.params, adapter.strength)]
+        build, tensors = summed(shares)
+        return build(weight(), *tensors), summed_bias(shares, bias_at(layer, weight.mount))
+
+    return weight.mount.site.op(x, *now.params.once(f"weight at {adapter.strength}", changed))
 
 
 def _weight_path(layer: nn.Module, weight: Weight, site: Site, drawn: list[tuple[Adapter, Drawn]], x: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ module `nerine`. This file only looks and writes values; `attach` puts on and ta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nerine.algorithms import Call
 from nerine.errors import DeviceError, MergeError
 from nerine.model.adapter import Adapter, start
 from nerine.model.layer import bias_name
@@ -26,7 +27,9 @@ from nerine.site import Site
 __all__ = [
     "MOUNTS",
     "USES",
+    "Kept",
     "Mount",
+    "Served",
     "Spot",
     "Use",
     "Weight",
@@ -66,6 +69,23 @@ class Spot:
 
 
 @dataclass
+class Kept:
+    """What calls without gradients may use again for as long as their tensors are the same: small things, such as norms
+    and rotations, and with `weights` also the changed weight."""
+
+    weights: bool = False
+    stamp: tuple[tuple[int, int], ...] = ()
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, tensors: Iterable[Tensor]) -> dict[str, Any]:
+        """The memo that belongs to these tensors; an empty one after any has changed in place or moved."""
+        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        if stamp != self.stamp:
+            self.stamp, self.memo = stamp, {}
+        return self.memo
+
+
+@dataclass
 class Mount:
     """All that is known of one adapted weight beside its modules."""
 
@@ -82,10 +102,28 @@ class Mount:
     fingerprint: tuple[torch.dtype, int] | None = None  # of the merged weight, to notice if others change it
     in_group: bool = False  # diffusers takes the weight away after each call, to memory
     shared_with: str = ""  # another module that has the same weight
+    served: Served | None = None  # deviations of adapters that are not attached here (see `serving`)
     has_run: bool = False
+    kept: Kept | None = None  # while nothing changes (see `Network.cache`)
+    lane: Any = None  # the short way through the layer, once the long one has been gone (see `lane`)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lane": None, "served": None, "kept": None}  # a copy finds its own
 
 
 Use = tuple[nn.Module, Mount]
+
+
+class Served(Protocol):
+    """What adds to the output of a layer without being an adapter of it."""
+
+    def is_idle(self) -> bool:
+        """Whether it has nothing to add now, so that nobody need ask."""
+        ...
+
+    def serve(self, call: Call) -> Tensor | None:
+        """What is added to the output of one call; None for nothing."""
+        ...
 
 
 def mounts_of(module: nn.Module) -> list[Mount]:
@@ -220,6 +258,15 @@ class Weight:
         self.storage = storage_of(holder, self.stored)
         self.is_away = mount.in_group or is_offloaded(holder)  # between the calls
         self.made: Tensor | None = None
+
+    @classmethod
+    def ordinary(cls, holder: nn.Module, mount: Mount, device: torch.device) -> Weight:
+        """The same where the weight is known to be an ordinary parameter that stays where it is."""
+        found = cls.__new__(cls)
+        found.holder, found.mount, found.device = holder, mount, device
+        found.stored = holder._parameters[mount.attr]
+        found.storage, found.is_away, found.made = None, False, None
+        return found
 
     def __call__(self) -> Tensor:
         if self.made is None:

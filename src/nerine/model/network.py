@@ -20,7 +20,7 @@ from nerine.model.attach import take_off
 from nerine.model.fast_path import restore_fast_paths
 from nerine.model.measure import Located, norms_of, shrink_to
 from nerine.model.merge import check_unchanged, forget_original, merge_layer, unmerge_layer
-from nerine.model.mount import Mount, adapters_of, mounts_of, names_in, path_in, settle
+from nerine.model.mount import Kept, Mount, adapters_of, mounts_of, names_in, path_in, settle
 from nerine.model.offload import Groups
 from nerine.model.patterns import Match
 from nerine.model.pipeline import HasComponents, as_model, named_layers
@@ -28,6 +28,7 @@ from nerine.model.reports import MaxNorm, MergeReport, NormReport
 from nerine.model.saving import free_saving
 from nerine.model.sharded import at_rest, copy_into, shape_of
 from nerine.model.strengths import Strength, strengths_at
+from nerine.ops.kernel_choice import chosen
 
 __all__ = ["Network"]
 
@@ -292,6 +293,46 @@ class Network:
         finally:
             for mount, off in before:
                 mount.off = off
+
+    # -- while nothing changes -----------------------------------------------------------------------------------
+    def cache(self, *, weights: bool = False) -> None:
+        """Promise that no tensor of the adapters or of their layers changes until `drop_cache`: calls without gradients
+        then work out once what depends on those alone (norms of DoRA, rotations of OFT). In-place changes that torch
+        counts are noticed; those through `.data`, and by optimisers with kernels of their own, are not, which is why
+        this has to be asked for.
+
+        With `weights` layers that compute in fp32 also keep their changed weight, as fast as merged and at the price of
+        its memory. In half precision a weight loses small deviations; there `merge` is the one to ask.
+        """
+        for *_, mount in self._mounts():
+            mount.kept = Kept(weights)
+
+    def drop_cache(self) -> None:
+        """Forget what `cache` has kept."""
+        for *_, mount in self._mounts():
+            mount.kept = None
+
+    @contextmanager
+    def cached(self, *, weights: bool = False) -> Iterator[None]:
+        """`cache` for the length of a `with` block."""
+        self.cache(weights=weights)
+        try:
+            yield
+        finally:
+            self.drop_cache()
+
+    def use_kernels(self, *names: str) -> None:
+        """Let kernels in Triton (docs/kernels.md) stand in for operations in the calls of these adapters: "stretch" and
+        "low_rank_row_norm" (DoRA), "cayley" and "turn_channels" (rotations), "rescale". No names: none. What a kernel
+        cannot take, such as tensors on a CPU, is computed as without it, and so are compiled models.
+
+        Raises:
+            OptionError: no kernel of that name stands in for an operation.
+            MissingExtra: triton is not installed.
+        """
+        choice = chosen(names)
+        for context in {id(a.context): a.context for *_, a in self.adapters()}.values():
+            context.kernels = choice
 
     # -- merging and taking off ----------------------------------------------------------------------------------
     @property

@@ -22,7 +22,8 @@ class PlanRow:
 
     `cost` is multiply-adds of the adapter per output position over those of the layer; `path` says how it computes:
     "factored" beside the layer, "weight" as one product with the changed weight, "input" as the layer itself on a
-    changed input, or "module" through its own forward with a changed weight.
+    changed input, or "module" through its own forward with a changed weight. In fp32 a "factored" layer of few inputs
+    and many positions takes the changed weight as well, where that saves passes over the positions.
     """
 
     layer: str

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nerine.ops.kernel_choice import standing_in
 from nerine.ops.precision import full_precision, same_dtype
 
 __all__ = ["turn_channels"]
@@ -18,6 +19,9 @@ __all__ = ["turn_channels"]
 
 def turn_channels(t: Tensor, matrices: Tensor, offset: Tensor | None = None) -> Tensor:
     """Each block of s channels of `t` `[..., n·s]` times its own of the `matrices` `[n, s, s]`, plus `offset`."""
+    kernel = standing_in("turn_channels", t, matrices, offset)
+    if kernel is not None:
+        return kernel(t, matrices, offset)
     matrices = same_dtype(matrices, t)
     offset = None if offset is None else same_dtype(offset, t)
     with full_precision(t):

@@ -8,12 +8,15 @@ Source: Liu et al. (BOFT), arXiv:2311.06243; the order of channels is that of fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nerine.ops.cayley import unit
 from nerine.ops.precision import full_precision, same_dtype
 
-__all__ = ["butterfly", "butterfly_deviation"]
+__all__ = ["added_by_runs", "butterfly", "butterfly_deviation", "joined_stages", "through_runs"]
 
 _WIDEST = 128  # channels in the blocks of joined stages: there arithmetic and passes over memory cost about the same
 
@@ -30,9 +33,11 @@ def _join(turns: Tensor, first: int, count: int) -> Tensor:
     _, n, size, _ = turns.shape
     half, step, parts = size // 2, 2**first, 2**count
     groups, width = 2 * n // (step * parts), parts * half
-    joined = turns.new_zeros((groups, step, width, width))
-    eye = torch.diag_embed(joined.new_ones(width))
-    for i in range(count):
+    start = turns[first].reshape(groups, parts // 2, step, half, 2, half, 2)  # a k x b y c
+    joined = torch.diag_embed(start.permute(0, 2, 4, 3, 6, 5, 1), dim1=2, dim2=5)  # [groups, step, a, b, x, a', c, y]
+    joined = joined.reshape(groups, step, width, width)
+    eye = unit(joined)
+    for i in range(1, count):
         low = 2**i
         turn = turns[first + i].reshape(groups, parts // (2 * low), low, step, half, 2, half, 2)
         whole = (joined + eye).reshape(groups, step, parts // (2 * low), 2, low, half, width)
@@ -41,27 +46,41 @@ def _join(turns: Tensor, first: int, count: int) -> Tensor:
     return joined
 
 
-def _runs(turns: Tensor) -> list[tuple[Tensor, int, int]]:
-    """(R - I, 2^first, 2^count) of each run of joined stages; a single block of odd size has no halves."""
+def joined_stages(turns: Tensor) -> list[Tensor]:
+    """R - I `[groups, 2^first, w, w]` of each run of joined stages; turns `[m, n, s, s]` are R - I of each stage and
+    block. A single block of odd size has no halves."""
     stages, _, size, _ = turns.shape
     if size % 2:
-        return [(turns[0][None], 1, 1)]
-    found, first = [], 0
-    for count in _joined(stages, size // 2):
-        found.append((_join(turns, first, count), 2**first, 2**count))
-        first += count
-    return found
+        return [turns[0][:, None]]
+    with full_precision(turns):
+        counts = _joined(stages, size // 2)
+        return [_join(turns, sum(counts[:i]), count) for i, count in enumerate(counts)]
+
+
+def _geometry(joined: Tensor, size: int) -> tuple[int, int]:
+    """(2^first, 2^count) of a run of stages with blocks of `size`."""
+    return joined.shape[1], 1 if size % 2 else 2 * joined.shape[2] // size
 
 
 def butterfly(t: Tensor, turns: Tensor) -> Tensor:
     """All stages applied to `t` `[..., out]`; turns `[m, n, s, s]` are R - I of each stage and block."""
+    return through_runs(t, joined_stages(turns), turns.shape[-1])
+
+
+def butterfly_deviation(t: Tensor, turns: Tensor) -> Tensor:
+    """What all stages together add to `t`, likewise."""
+    return added_by_runs(t, joined_stages(turns), turns.shape[-1])
+
+
+def through_runs(t: Tensor, runs: Sequence[Tensor], size: int) -> Tensor:
+    """The same, of stages of blocks of `size` that `joined_stages` has joined."""
     with full_precision(t):
         y: Tensor | None = None
         step = parts = 1
-        for joined, new_step, new_parts in _runs(turns):
+        for joined in runs:
             groups, width = joined.shape[0], joined.shape[-1]
-            eye = torch.diag_embed(joined.new_ones(width))
-            matrices = same_dtype((joined + eye).flatten(0, 1).mT, t)
+            new_step, new_parts = _geometry(joined, size)
+            matrices = same_dtype((joined + unit(joined)).flatten(0, 1).mT, t)
             if y is None:
                 blocks = t.reshape(-1, groups * new_step, width).transpose(0, 1)
             else:  # [groups, new parts, step, tokens, parts, s/2] -> what stood apart comes together
@@ -79,12 +98,13 @@ def _in_order(y: Tensor, step: int, parts: int, t: Tensor) -> Tensor:
     return split.permute(2, 0, 3, 1, 4).reshape(t.shape)
 
 
-def butterfly_deviation(t: Tensor, turns: Tensor) -> Tensor:
+def added_by_runs(t: Tensor, runs: Sequence[Tensor], size: int) -> Tensor:
     """What all stages together add to `t`; in half precision without a sum in which a small change would vanish."""
     if t.dtype.itemsize >= 4:
-        return butterfly(t, turns) - t
+        return through_runs(t, runs, size) - t
     d: Tensor | None = None
-    for joined, step, parts in _runs(turns):
+    for joined in runs:
+        step, parts = _geometry(joined, size)
         now = t if d is None else t + d
         with full_precision(t):
             split = now.reshape(-1, joined.shape[0], parts, step, joined.shape[-1] // parts)

@@ -6,16 +6,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nerine.ops.low_rank_fit import leading
 from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import over_wide, replay
-from nerine.ops.row_norm import row_square
+from nerine.ops.row_norm import norm_from_square, row_square
 
-__all__ = ["add_kron", "factorize", "kron", "kron_row_square", "kron_rows", "mix_channels", "nearest_kron"]
+__all__ = [
+    "add_kron",
+    "factorize",
+    "kron",
+    "kron_row_norm",
+    "kron_row_square",
+    "kron_rows",
+    "mix_channels",
+    "nearest_kron",
+]
+
+
+_SMALL = 2**18  # entries of a weight up to which a pass that multiplies and adds is faster than many small products
 
 
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
@@ -92,14 +106,68 @@ def kron_row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return over_wide(_row_square, weight, w1, w2)
 
 
+def kron_row_norm(weight: Tensor, w1: Tensor, w2: Tensor, floor: float) -> Tensor:
+    """Norms `[out]`, at least `floor`, of the same rows."""
+    if torch.compiler.is_compiling() or weight.requires_grad:
+        return norm_from_square(kron_row_square(weight, w1, w2), floor)
+    return _KronNorm.apply(weight, w1, w2, floor)  # type: ignore[no-any-return]
+
+
 def _row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    a, c = w1.shape
-    b, taps = w2.shape[0], w2.flatten(1)
+    taps = w2.flatten(1)
     with full_precision(weight):
-        blocks = weight.reshape(a, b, c, -1)  # [a, b, c, d·Πk]
-        mixed = torch.matmul(w1[:, None, None, :], blocks)[
-            :, :, 0
-        ]  # [a, b, d·Πk]: the coarse factor first, it is small
-        cross = (mixed * taps).sum(2)  # [a, b]
+        along = _along(weight, w1, taps)
         own = w1.square().sum(1)[:, None] * taps.square().sum(1)
-        return row_square(weight) + (2 * cross + own).reshape(-1)
+        return row_square(weight) + (2 * (along * w1[:, None]).sum(2) + own).reshape(-1)
+
+
+def _blocks(weight: Tensor, w1: Tensor, taps: Tensor) -> Tensor:
+    """`[a, b, c, d·Πk]`."""
+    return weight.reshape(w1.shape[0], taps.shape[0], w1.shape[1], -1)
+
+
+def _along(weight: Tensor, w1: Tensor, taps: Tensor) -> Tensor:
+    """What of each block of a row lies along w2 `[a, b, c]`: 1/d of the weight's size."""
+    blocks = _blocks(weight, w1, taps)
+    if weight.numel() <= _SMALL:
+        return (blocks * taps[:, None]).sum(3)
+    return torch.matmul(blocks, taps[:, :, None])[..., 0]
+
+
+def _summed_blocks(weight: Tensor, w1: Tensor, taps: Tensor, share: Tensor) -> Tensor:
+    """The blocks of all rows, each times its entry of w1 and the `share` `[a, b]` of its row: `[b, d·Πk]`."""
+    blocks, factors = _blocks(weight, w1, taps), share[:, :, None] * w1[:, None]  # [a, b, c]
+    if weight.numel() <= _SMALL:
+        return (blocks * factors[..., None]).sum((0, 2))
+    return torch.matmul(factors[:, :, None], blocks)[:, :, 0].sum(0)
+
+
+class _KronNorm(torch.autograd.Function):
+    """The gradient of |V|² is 2·(along + w1·|w2|²) to w1, and 2·(w1·W + |w1|²·w2) to w2, summed over the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, w1: Tensor, w2: Tensor, floor: float) -> Tensor:
+        with full_precision(w1):
+            own, taps = wide(weight), w2.flatten(1)
+            along = _along(own, w1, taps)
+            lengths = w1.square().sum(1), taps.square().sum(1)
+            square = (along * w1[:, None]).sum(2).mul_(2).addcmul_(lengths[0][:, None], lengths[1])
+            norm = norm_from_square(square.reshape(-1).add_(row_square(own)), floor)
+        ctx.floor = floor
+        ctx.save_for_backward(weight, w1, w2, along if w1.requires_grad else None, norm, *lengths)
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, w1, w2, along, norm, length_1, length_2 = ctx.saved_tensors
+        of_w1 = of_w2 = None
+        taps = w2.flatten(1)
+        with full_precision(grad):
+            share = (grad / norm).masked_fill_(norm <= ctx.floor, 0.0).reshape(len(w1), -1)  # [a, b]
+            if ctx.needs_input_grad[1]:
+                of_w1 = torch.matmul(share[:, None], along)[:, 0] + w1 * (share @ length_2)[:, None]
+            if ctx.needs_input_grad[2]:
+                mixed = _summed_blocks(wide(weight), w1, taps, share)
+                of_w2 = mixed.addcmul_(taps, (length_1 @ share)[:, None]).reshape(w2.shape)
+        return None, of_w1, of_w2, None

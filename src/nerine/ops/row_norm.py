@@ -2,18 +2,30 @@
 
     |W + B·A|² = |W|² + 2·Σ (W·Aᵀ ∘ B) + Σ (B·(A·Aᵀ) ∘ B)        per row
 
-Everything runs in full precision whatever autocast says: m/|V| - 1 is small, and half precision would lose it.
+Everything runs in full precision whatever autocast says: m/|V| - 1 is small, and half precision would lose it. The
+gradients are written out: as a chain of small operations they would cost a small layer more than its own product does.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from nerine.ops.kernel_choice import standing_in
 from nerine.ops.precision import full_precision, wide
 from nerine.ops.recompute import over_wide
 
-__all__ = ["low_rank_column_square", "low_rank_row_square", "low_rank_size", "norm_from_square", "row_square"]
+__all__ = [
+    "low_rank_column_square",
+    "low_rank_row_norm",
+    "low_rank_row_square",
+    "low_rank_size",
+    "norm_from_square",
+    "row_square",
+]
 
 
 def row_square(weight: Tensor) -> Tensor:
@@ -28,8 +40,31 @@ def norm_from_square(square: Tensor, floor: float) -> Tensor:
 
 
 def low_rank_row_square(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Squared norms `[out]` of the rows of `weight + up·down`; up `[out, rank]`, down `[rank, in·Πk]`."""
+    """Squared norms `[out]` of the rows of `weight + up·down`, which may have gradients to all three."""
     return over_wide(_low_rank, weight, up, down)
+
+
+def low_rank_row_norm(weight: Tensor, up: Tensor, down: Tensor, scale: float, floor: float) -> Tensor:
+    """Norms `[out]`, at least `floor`, of the rows of `weight + scale·up·down`, which are as above."""
+    kernel = standing_in("low_rank_row_norm", weight, up, down, scale, floor)
+    if kernel is not None:
+        return kernel(weight, up, down, scale, floor)
+    if torch.compiler.is_compiling() or weight.requires_grad:
+        return norm_from_square(low_rank_row_square(weight, up * scale, down), floor)
+    return _LowRankNorm.apply(weight, up, down, scale, floor)  # type: ignore[no-any-return]
+
+
+def turned_row_square(weight: Tensor, matrices: Tensor) -> Tensor:
+    """Squared norms `[n·s]` of the rows of Mᵀ·W, block by block; `weight` `[n·s, ...]`, matrices M `[n, s, s]`."""
+    return over_wide(_turned, weight, matrices)
+
+
+def _turned(weight: Tensor, matrices: Tensor) -> Tensor:
+    n, size, _ = matrices.shape
+    with full_precision(weight):
+        rows = weight.reshape(n, size, -1)
+        gram = torch.bmm(rows, rows.mT)  # [n, s, s]
+        return (torch.bmm(gram, matrices) * matrices).sum(1).reshape(-1)
 
 
 def low_rank_column_square(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -55,3 +90,33 @@ def _low_rank(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
         cross = ((weight.flatten(1) @ down.mT) * up).sum(1)
         own = ((up @ (down @ down.mT)) * up).sum(1)
         return row_square(weight) + 2 * cross + own
+
+
+class _LowRankNorm(torch.autograd.Function):
+    """With C = W·Aᵀ + s·B·(A·Aᵀ), the gradient of |V|² is 2s·C to B, and 2s·(Bᵀ·W + s·(Bᵀ·B)·A) to A, row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, up: Tensor, down: Tensor, scale: float, floor: float) -> Tensor:
+        with full_precision(up):
+            flat = wide(weight).flatten(1)
+            cross = flat @ down.mT  # [out, rank]
+            change = torch.addmm(cross, up, down @ down.mT, alpha=scale)
+            square = row_square(flat).add_((cross + change).mul_(up).sum(1), alpha=scale)
+            norm = norm_from_square(square, floor)
+        ctx.scale, ctx.floor = scale, floor
+        ctx.save_for_backward(weight, up, down, change if up.requires_grad else None, norm)
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, up, down, change, norm = ctx.saved_tensors
+        grad_up = grad_down = None
+        with full_precision(grad):
+            share = (grad / norm).masked_fill_(norm <= ctx.floor, 0.0).mul_(ctx.scale)[:, None]
+            if ctx.needs_input_grad[1]:
+                grad_up = share * change
+            if ctx.needs_input_grad[2]:
+                some = (share * up).mT  # [rank, out]
+                grad_down = torch.addmm(some @ wide(weight).flatten(1), some @ up, down, alpha=ctx.scale)
+        return None, grad_up, grad_down, None, None

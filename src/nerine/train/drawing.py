@@ -76,6 +76,7 @@ def put_on(base: Base, adapters: Sequence[AdapterFile]) -> list[Worn]:
     for number, one in enumerate(adapters):
         network = load(base.pipeline, one.file, strength=one.strength, name=f"adapter{number}")
         network.requires_grad_(False).eval()
+        network.cache()
         found.append(Worn(one, network))
     return found
 

@@ -131,7 +131,7 @@ class DataSettings:
     prefix: str = key("", "words in front of every caption, such as a trigger word")
     caption_dropout: float = key(0.0, "share of the captions that is left out, for guidance", at_least=0)
     shuffle_tags: bool = key(False, "the parts of a caption between commas come in random order")
-    keep_tokens: int = key(0, "so many parts in front stay where they are", at_least=0)
+    keep_tokens: int = key(0, "so many parts behind the prefix stay where they are", at_least=0)
     cache_latents: str = key("auto", "keep encoded pictures; auto: on the disk if it can", choices=CACHES)
     cache_text: str = key("auto", "keep encoded captions; auto: on the disk if it can", choices=CACHES)
     cache_folder: Path | None = key(None, "where they are kept; <out>/cache if left out")

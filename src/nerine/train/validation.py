@@ -43,9 +43,10 @@ def held_out_loss(run: Run) -> float:
 
 @contextmanager
 def resting(network: Network) -> Iterator[None]:
-    """The adapters without their dropouts for the length of a `with` block."""
+    """The adapters without their dropouts, and unchanged, for the length of a `with` block."""
     network.eval()
     try:
-        yield
+        with network.cached():
+            yield
     finally:
         network.train()

@@ -1,4 +1,4 @@
-"""The table of the README, made from benchmarks/results/step.json; run it to write the table there."""
+"""The table of the README, made from benchmarks/results/performance.json; run it to write the table there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "step.json"
+RESULTS = ROOT / "benchmarks" / "results" / "performance.json"
 README = ROOT / "README.md"
 START, END = "<!-- step table -->", "<!-- end of step table -->"
 SMALL, LARGE = "linear-1280", "linear-3072"
@@ -17,7 +17,8 @@ CONTESTANTS = ("nerine", "LyCORIS", "LyCORIS bypass", "PEFT")
 
 def table(figures: list[dict[str, Any]]) -> str:
     """Ratios to the frozen layer, one row an algorithm; in brackets those of the larger layer, where recorded."""
-    found = {(f["row"], f["contestant"], f["layer"]): f["ratio"] for f in figures}
+    shown = [f for f in figures if (f["precision"], f["mode"]) == ("fp32", "eager")]
+    found = {(f["row"], f["contestant"], f["layer"]): f["ratio"] for f in shown}
     lines = [
         "| Linear 1280, 1,024 tokens (Linear 3072, 2,048 tokens) | nerine | LyCORIS default | LyCORIS bypass | PEFT |",
         "|---|---|---|---|---|",

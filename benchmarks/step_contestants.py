@@ -1,20 +1,22 @@
-"""Who takes part in `step.py`: the frozen layer, nerine, the floor by hand, LyCORIS and PEFT, on the same tensors."""
+"""Who takes part in the race of one layer, on the same tensors: the frozen layer, nerine, by hand, LyCORIS, PEFT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 from step_floor import floor
 from step_maps import BLOCK, FACTOR, RANK
+from step_measure import Contestant, say
 from step_peers import peers_of
 from step_rows import Problem, Row
-from torch import Tensor, nn
+from torch import nn
 
 import nerine
 from nerine import algorithms
 
-__all__ = ["Contestant", "contestants", "frozen", "say"]
+__all__ = ["CACHED", "NERINE", "Contestant", "adapted", "contestants", "frozen", "say"]
+
+CACHED = "nerine cached"
 
 # DyLoRA draws a block of ranks in every step; one block of all ranks makes the steps alike. The work is the same.
 NERINE: dict[str, Callable[[], algorithms.Algorithm]] = {
@@ -33,44 +35,31 @@ NERINE: dict[str, Callable[[], algorithms.Algorithm]] = {
 }
 
 
-@dataclass
-class Contestant:
-    """A forward, and its trained tensors by nerine's names; or why there is none."""
-
-    name: str
-    forward: Callable[[Tensor], Tensor] | None = None
-    trained: Mapping[str, Tensor] = field(default_factory=dict)
-    peer: bool = False
-    failure: str = ""
-
-
-def say(problem: Exception) -> str:
-    """What went wrong, short enough for a table."""
-    lines = str(problem).replace("|", "/").splitlines() or [""]
-    return f"fails: {type(problem).__name__}: {lines[0].rstrip()[:100]}"
-
-
 def frozen(p: Problem, name: str = "frozen") -> Contestant:
-    return Contestant(name, p.fresh_layer())
+    layer = p.fresh_layer()
+    return Contestant(name, layer, modules=[layer])
 
 
-def contestants(p: Problem, row: Row, peers: bool = True) -> Iterator[Contestant]:
-    """All who have the algorithm of `row` at the layer of `p`, nerine first."""
-    yield _nerine(p, row)
-    tensors = p.leaves(row)
-    by_hand = floor(p, row, tensors)
-    if by_hand is not None:
-        yield Contestant("by hand", by_hand, {name: t for name, t in tensors.items() if t.requires_grad})
+def contestants(p: Problem, row: Row, peers: bool = True, by_hand: bool = True) -> Iterator[Contestant]:
+    """All who have the algorithm of `row` at the layer of `p`, nerine first. By hand there is fp32 alone."""
+    yield adapted(p, row)
+    if by_hand and p.precision == "fp32":
+        tensors = p.leaves(row)
+        forward = floor(p, row, tensors)
+        if forward is not None:
+            trained = {name: t for name, t in tensors.items() if t.requires_grad}
+            yield Contestant("by hand", forward, trained, guest=True)
     for name, build in peers_of(p, row) if peers else ():
         try:
-            forward, trained = build()
+            layer, trained, modules = build()
         except Exception as problem:
-            yield Contestant(name, peer=True, failure=say(problem))
+            yield Contestant(name, peer=True, failure=say(problem), guest=True)
         else:
-            yield Contestant(name, forward, trained, peer=True)
+            yield Contestant(name, layer, trained, peer=True, modules=modules, guest=True)
 
 
-def _nerine(p: Problem, row: Row) -> Contestant:
+def adapted(p: Problem, row: Row, cached: bool = False) -> Contestant:
+    """nerine on the layer; with `cached` it may keep its changed weight in forwards without gradients."""
     inner = NERINE[row.kind]()
     model = nn.Sequential(p.fresh_layer())
     network = nerine.attach(model, inner if row.axis is None else nerine.DoRA(inner, axis=row.axis))
@@ -80,4 +69,7 @@ def _nerine(p: Problem, row: Row) -> Contestant:
     for name, t in tensors.items():
         assert t.requires_grad == (name not in row.map.constant), name
         t.detach().copy_(values[name].reshape(t.shape))
-    return Contestant("nerine", model[0], {name: t for name, t in tensors.items() if t.requires_grad})
+    if cached:
+        network.cache(weights=True)
+    name = CACHED if cached else "nerine"
+    return Contestant(name, model[0], {name: t for name, t in tensors.items() if t.requires_grad}, modules=[model])

@@ -1,4 +1,4 @@
-"""LyCORIS and PEFT in `step.py`: which of their modules has which algorithm, and under what names its tensors are.
+"""LyCORIS and PEFT on one layer: which of their modules has which algorithm, and under what names its tensors are.
 
 Alpha is such that their scale is one, as it is everywhere here. Where a module of theirs has tensors of another shape
 (blocks of another size, fewer stages), it computes another map: it gets as many of the values as there is room for,
@@ -20,9 +20,9 @@ from step_maps import BLOCK, FACTOR, RANK, butterfly_size
 from step_rows import Problem, Row
 from torch import Tensor, nn
 
-__all__ = ["peers_of"]
+__all__ = ["peers_of", "quiet"]
 
-Built = tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]  # a forward, and its trained tensors by nerine's names
+Built = tuple[nn.Module, dict[str, Tensor], list[nn.Module]]  # the layer, its trained tensors by nerine's names, modes
 LOHA = ("w1_a", "w1_b", "w2_a", "w2_b")
 WHOLE = 10**6  # a rank for which PEFT's LoKr keeps w2 as one matrix
 
@@ -38,7 +38,7 @@ def peers_of(p: Problem, row: Row) -> Iterator[tuple[str, Callable[[], Built]]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The peers print and warn while they are put together."""
     logging.disable(logging.WARNING)
     try:
@@ -111,11 +111,11 @@ def _lycoris(p: Problem, row: Row, bypass: bool) -> Built:
         settings |= {"weight_decompose": True, "wd_on_out": row.axis == "out"}
         names["magnitude"] = "dora_scale"
     layer = p.fresh_layer()
-    with _quiet():
+    with quiet():
         module = getattr(modules, peer.module)("step", layer, 1.0, **settings)
         trained = _fill({name: _at(module, path) for name, path in names.items()}, p.values(row), row.map.constant)
         module.apply_to()
-    return layer, trained
+    return layer, trained, [layer, module]
 
 
 # -- PEFT --------------------------------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def _peft(p: Problem, row: Row) -> Built:
     if row.axis is not None:
         settings["use_dora"] = True
         names["magnitude"] = "lora_magnitude_vector.default.weight"
-    with _quiet():
+    with quiet():
         config = getattr(peft, peer.config)(target_modules=["0"], **settings)
         model = peft.inject_adapter_in_model(config, nn.Sequential(p.fresh_layer()))
     values = {name: t + peer.offset for name, t in p.values(row).items()}
     trained = _fill({name: _at(model[0], path) for name, path in names.items()}, values, row.map.constant)
-    return model[0], trained
+    return model[0], trained, [model]

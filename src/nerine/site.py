@@ -95,6 +95,14 @@ class Site:
         ones = (1,) * len(self.kernel)
         return Site("conv", (self.shape[0], rank, *ones), ones, (0,) * len(ones), ones, self.groups)
 
+    def spread(self, h: Tensor, up: Tensor) -> Tensor:
+        """The second half of a low-rank product: `h`, of as many channels (in each group) as `up` `[out, rank, *1]` has
+        ranks, at the outputs."""
+        if not self.kernel:
+            return functional.linear(h, up.to(h.dtype))
+        conv = _CONV[len(self.kernel)]
+        return conv(h, up.to(h.dtype), groups=self.groups)
+
     def with_inputs(self, count: int) -> Site:
         """This geometry with `count` input channels in each group."""
         return replace(self, shape=(self.shape[0], count, *self.kernel))

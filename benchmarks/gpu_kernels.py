@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from gpu_step import race
 from torch import Tensor
 
 from nerine.ops.butterfly import added_by_runs, joined_stages
@@ -182,24 +183,6 @@ def contestants(case: Case) -> dict[str, Callable[[], None]]:
         else:
             found[name] = run
     return found
-
-
-def race(found: dict[str, Callable[[], None]], rounds: int, repeats: int = 20) -> dict[str, float]:
-    """The best mean time of each over the rounds, in microseconds."""
-    best = dict.fromkeys(found, float("inf"))
-    for run in found.values():
-        for _ in range(3):
-            run()
-    for _ in range(rounds):
-        for name, run in found.items():
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            for _ in range(repeats):
-                run()
-            last.record()
-            torch.cuda.synchronize()
-            best[name] = min(best[name], first.elapsed_time(last) / repeats * 1000)
-    return best
 
 
 def examine(case: Case, rounds: int) -> dict[str, Any]:

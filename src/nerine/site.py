@@ -1,7 +1,7 @@
 """A site: the shape of one weight and the operation it takes part in (linear, convolution, ...), as plain data.
 
 The site is all that an algorithm knows of a layer. `Site.op` is the layer's own operation with any weight;
-`narrow` and `widen` are the two halves of a low-rank product through it. A weight always stands as
+a low-rank product through it is `op` with as many outputs as ranks, then `spread`. A weight always stands as
 `[out, in/groups, *k]` here; `canonical` and `native` go from and to the way in which its module keeps it. The site
 knows neither modules nor algorithms.
 """
@@ -84,10 +84,6 @@ class Site:
         """Whether the kernel has a single tap (always so for a linear layer)."""
         return math.prod(self.kernel) == 1
 
-    def narrow(self, rank: int) -> Site:
-        """The first half of a low-rank product: this geometry with `rank` outputs for each group."""
-        return replace(self, shape=(self.groups * rank, *self.shape[1:]))
-
     def widen(self, rank: int) -> Site:
         """The second half: from `rank` channels (in each group) to the outputs, tap by tap."""
         if not self.kernel:
@@ -112,7 +108,7 @@ class Site:
         return replace(self, shape=(count, *self.shape[1:]))
 
     def per_group(self, t: Tensor) -> Tensor:
-        """Repeat the weight `t` `[rank, in/groups, *k]` for every group, as `narrow` expects it."""
+        """Repeat the weight `t` `[rank, in/groups, *k]` for every group, each with `rank` outputs."""
         return t if self.groups == 1 else t.repeat(self.groups, *[1] * (t.dim() - 1))
 
     # -- how the module keeps the weight --------------------------------------------------------------------------

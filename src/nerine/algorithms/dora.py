@@ -177,17 +177,16 @@ class DoRA(Algorithm):
 
     @staticmethod
     def _split(p: Params) -> tuple[Tensor, Params]:
-        inner = {name: t for name, t in p.tensors.items() if name != "magnitude"}
-        return p.tensors["magnitude"], Params(inner, p.scale, p.memo)
+        return p.tensors["magnitude"], p.without("magnitude")._replace(memo=p.memo)
 
     @staticmethod
     def _joined(magnitude: Tensor, inner: Params) -> Params:
         return Params({"magnitude": magnitude, **inner.tensors}, inner.scale)
 
-    def _inner_and_gain(self, p: Params, call: Call) -> tuple[Params, Tensor]:
-        magnitude, inner = self._split(p)
-        inner = inner.remembering()
-        return inner, self._gain(magnitude, p.once("norm", lambda: self.inner.row_norm(inner, call.weight())))
+    def _inner_and_norm(self, p: Params, call: Call) -> tuple[Params, Tensor]:
+        """The inner adapter, which may remember for this call what its norm has taken, and |V| over the outputs."""
+        inner = self._split(p)[1].remembering()
+        return inner, p.once("norm", lambda: self.inner.row_norm(inner, call.weight()))
 
     # -- the two faces -------------------------------------------------------------------------------------------
     def weight_deviation(self, p: Params, weight: Tensor) -> Tensor:
@@ -205,7 +204,8 @@ class DoRA(Algorithm):
     def deviation(self, p: Params, call: Call) -> Tensor:
         if self.axis == "in":
             return super().deviation(p, call)
-        inner, gain = self._inner_and_gain(p, call)
+        inner, norm = self._inner_and_norm(p, call)
+        gain = self._gain(p.tensors["magnitude"], norm)
         d = self.inner.deviation(inner, call)
         return d + same_dtype(call.site.over_channels(gain - 1), d) * (call.without_bias() + d)
 
@@ -213,11 +213,10 @@ class DoRA(Algorithm):
         """m/|V| · (y + d) + (1 - m/|V|) · bias: one pass over the output of the inner adapter."""
         if self.axis == "in":
             return super().output(p, call)
-        magnitude, inner = self._split(p)
-        inner = inner.remembering()
-        norm = p.once("norm", lambda: self.inner.row_norm(inner, call.weight()))
+        inner, norm = self._inner_and_norm(p, call)
         norm = norm.detach() if self.detach_norm else norm
-        return stretch(self.inner.output(inner, call), magnitude.reshape(-1), norm, call.bias, call.site.channel)
+        magnitude = p.tensors["magnitude"].reshape(-1)
+        return stretch(self.inner.output(inner, call), magnitude, norm, call.bias, call.site.channel)
 
     def acts_on_input(self, site: Site, layout: Layout) -> bool:
         return self.axis == "in" and site.kind != "embedding"
@@ -236,7 +235,5 @@ class DoRA(Algorithm):
     def cost(self, site: Site, design: Design) -> int:
         if self.axis == "in" and site.kind == "embedding":
             return site.dense
-        builds = (
-            type(self.inner).row_norm is Algorithm.row_norm and self.axis == "out"
-        )  # the changed weight, for a norm
+        builds = type(self.inner).row_norm is Algorithm.row_norm and self.axis == "out"  # the changed weight, for |V|
         return site.dense if builds else min(site.dense, self.inner.cost(site, design) * 3 // 2)

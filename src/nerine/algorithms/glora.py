@@ -100,14 +100,13 @@ class GLoRA(Sandwich):
         first, b1 = p.once("ups", lambda: self._ups(p, call.weight()))
         rank = b1.shape[1]
         if site.kind == "linear":
-            h = site.narrow(2 * rank).op(call.x, torch.cat([t["a2"], t["b2"]]))
-            return site.widen(2 * rank).op(h, torch.cat([first, b1], 1))
+            return site.spread(site.op(call.x, torch.cat([t["a2"], t["b2"]])), torch.cat([first, b1], 1))
         x = site.prepared(call.x)
         ones = (1,) * len(site.kernel)
         inner = Site("conv", (site.groups * rank, site.shape[1], *ones), ones, (0,) * len(ones), ones, site.groups)
         through = site.with_inputs(rank).product(inner.product(x, site.per_group(t["a2"])), first)
-        h = site.narrow(rank).product(x, site.per_group(t["b2"]))
-        return through + site.widen(rank).op(h, b1.reshape(*b1.shape, *ones))
+        h = site.product(x, site.per_group(t["b2"]))
+        return through + site.spread(h, b1.reshape(*b1.shape, *ones))
 
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
         if weight.dim() > 2:

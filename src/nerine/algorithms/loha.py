@@ -6,7 +6,6 @@ rank r², built on the fly from the small factors and never kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +47,6 @@ _TUCKER = Layout(
 
 
 _SQUARED = 576  # ranks of the product up to which a norm from its factors is cheaper
-
-
-def _called(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return function(*tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +117,7 @@ class LoHa(Sandwich):
             with full_precision(a1):
                 return paired_rows(a1, a2 * p.scale).reshape(-1, rank, *up_tail)
 
-        h = contract(site.narrow(rank), call.x, down, [t["w1_b"], t["w2_b"]], lambda x, *_: site.prepared(x))
+        h = contract(site, call.x, down, [t["w1_b"], t["w2_b"]], lambda x, *_: site.prepared(x))
         return contract(site.widen(rank), h, up, [t["w1_a"], t["w2_a"]], lambda h, *_: h, into=into)
 
     def row_norm(self, p: Params, weight: Tensor) -> Tensor:
@@ -137,10 +132,9 @@ class LoHa(Sandwich):
                 up, down = paired_rows(a1, a2), paired_columns(b1, b2)
             return low_rank_row_norm(weight, up, down, p.scale, FLOOR)
 
-        found: Tensor
+        factors = [t[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
         keeps_much = 2 * squared * (2 * weight.shape[0] + t["w1_b"].shape[1]) > weight.numel()
-        found = (replay if keeps_much else _called)(norm, weight, *(t[n] for n in ("w1_a", "w1_b", "w2_a", "w2_b")))
-        return found
+        return replay(norm, weight, *factors) if keeps_much else norm(weight, *factors)
 
     @torch.no_grad()
     def fit(self, site: Site, weight: Tensor, target: Tensor) -> Params:

@@ -20,7 +20,7 @@ from nerine.errors import DeviceError, UnsupportedBase
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.lane import Lane, lane_for
 from nerine.model.layer import call_site, plain_forward
-from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, bias_at, dtype_at, keep_from_groups, settle
+from nerine.model.mount import USES, Mount, Use, Weight, adapters_of, dtype_at, keep_from_groups, settle
 from nerine.model.sharded import check_known_to_engine, drawn_alike, is_split, like, whole
 from nerine.model.sums import Share, summed, summed_bias
 from nerine.model.through_module import through_module
@@ -115,26 +115,10 @@ def _kernels_of(adapter: Adapter) -> contextlib.AbstractContextManager[object]:
 
 
 def _along(layer: nn.Module, lane: Lane, x: Tensor) -> Tensor:
-    """What `_cheapest` does, where the lane knows the answers to most of what it asks."""
-    now, weight, site, algorithm = lane.tensors(x), lane.read(x), lane.mount.site, lane.adapter.algorithm
-    base: Callable[..., Tensor] = functools.partial(type(layer).forward, layer)
-    if now.gate is None and compute_dtype(x).itemsize >= 4:
-        drawn = (lane.adapter, now)
-        if now.params.memo is not None and lane.mount.kept is not None and lane.mount.kept.weights:
-            return _with_kept_weight(layer, weight, [drawn], x)
-        if lane.by_input:
-            y = _by_input(base, weight, site, drawn, (x,), {})
-            if y is not None:
-                return y
-        if lane.adapter.takes_weight(x):
-            return _weight_path(layer, weight, site, [drawn], x)
-    y = base(x)
-    call = Call(site, x, y, lane.bias_now(), weight, True, now.gate)
-    if lane.adapter.strength != 1.0:
-        return y + same_dtype(_deviation(lane.adapter, now, call), y)
-    y = algorithm.output(now.params, call)
-    shift = algorithm.shift(now.params)
-    return y if shift is None else y + same_dtype(site.over_channels(shift), y)
+    """`_whole`, with what the lane knows already."""
+    base = functools.partial(type(layer).forward, layer)
+    y: Tensor = _cheapest(layer, True, base, lane.read(x), [(lane.adapter, lane.tensors(x))], (x,), {})
+    return y
 
 
 def _is_served(mount: Mount) -> bool:
@@ -154,7 +138,7 @@ def _served(
     for holder, mount, active in found:
         weight = Weight(holder, mount, x.device)
         site = call_site(layer, mount.site, args, kwargs)
-        call = Call(site, _readable(x, y), y, bias_at(holder, mount), weight)
+        call = Call(site, _readable(x, y), y, weight.bias(), weight)
         with weight.unkept():
             for adapter in active:
                 changed = changed + same_dtype(_deviation(adapter, adapter(x), call), y)
@@ -191,8 +175,10 @@ def _cheapest(
 ) -> Any:
     mount, x = weight.mount, _input_of(args, kwargs)
     site = call_site(layer, mount.site, args, kwargs) if mount.site.kind == "transposed" else mount.site
-    if _loses_nothing(x, dtype_at(layer, mount), drawn) and not weight.rounds_input:
+    if _loses_nothing(x, weight, drawn) and not weight.rounds_input:
         if len(drawn) == 1:
+            if mount.kept is not None and mount.kept.weights and drawn[0][1].params.memo is not None:
+                return _with_kept_weight(layer, weight, drawn[0], x)
             y = _by_input(base, weight, site, drawn[0], args, kwargs)
             if y is not None:
                 return y
@@ -204,7 +190,7 @@ def _cheapest(
             f"{mount.path}: the layer ({weight.storage.name}) passes no gradient to its input, so that nothing before "
             "it could learn; train on a base that rounds weights alone, or call the model without gradients"
         )
-    return _beside(is_plain, y, drawn, Call(site, _readable(x, y), y, bias_at(layer, mount), weight))
+    return _beside(drawn, Call(site, _readable(x, y), y, weight.bias(), weight, fresh=is_plain))
 
 
 def _readable(x: Tensor, y: Tensor) -> Tensor:
@@ -213,14 +199,14 @@ def _readable(x: Tensor, y: Tensor) -> Tensor:
     return x.to(y.dtype) if x.is_floating_point() and x.dtype.itemsize < 2 else x
 
 
-def _beside(is_plain: bool, y: Tensor, drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
-    """The layer's output `y` with the deviations of all adapters added."""
-    (first, (params, gate)), *others = drawn
+def _beside(drawn: list[tuple[Adapter, Drawn]], call: Call) -> Tensor:
+    """The layer's output with the deviations of all adapters added."""
+    y, ((first, (params, gate)), *others) = call.y, drawn
     if not others and first.is_plain:
-        own = Call(call.site, call.x, y, call.bias, call.weight, is_plain, gate)
-        y = first.algorithm.output(params, own)
+        y = first.algorithm.output(params, call if gate is None else replace(call, gate=gate))
         shift = first.algorithm.shift(params)
         return y if shift is None else y + same_dtype(call.site.over_channels(shift), y)
+    call = replace(call, fresh=False)  # all of them need it as it is
     for adapter, now in drawn:
         y = y + same_dtype(_deviation(adapter, now, call), y)
     return y
@@ -244,7 +230,7 @@ def _by_input(
     shift = adapter.algorithm.shift(now.params)
     if found.then is not None:
         algorithm, p = found.then
-        bias = bias_at(weight.holder, weight.mount)
+        bias = weight.bias()
         y = y + same_dtype(algorithm.deviation(p, Call(site, found.x, y, bias, weight)), y)
     return y if shift is None else y + same_dtype(site.over_channels(shift), y)
 
@@ -261,15 +247,16 @@ def _without_padding(layer: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     return y if padding is None else torch.where((x == padding)[..., None], y.detach(), y)
 
 
-def _loses_nothing(x: Tensor, weight: torch.dtype, drawn: list[tuple[Adapter, Drawn]]) -> bool:
+def _loses_nothing(x: Tensor, weight: Weight, drawn: list[tuple[Adapter, Drawn]]) -> bool:
     """Whether a changed weight or input may stand for the deviations.
 
     Not in half precision, where a small deviation would vanish in the sum; not with dropout, which acts on it; and not
     where the ranks that take part differ within the batch.
     """
-    dtype = compute_dtype(x) if x.is_floating_point() else weight
-    full = dtype.itemsize >= 4
-    return full and not any(adapter.has_dropout or now.gate is not None for adapter, now in drawn)
+    dtype = compute_dtype(x) if x.is_floating_point() else dtype_at(weight.holder, weight.mount)
+    if dtype.itemsize < 4:
+        return False
+    return not any(adapter.has_dropout or now.gate is not None for adapter, now in drawn)
 
 
 def _deviation(adapter: Adapter, now: Drawn, call: Call) -> Tensor:
@@ -285,7 +272,7 @@ def added(holder: nn.Module, mount: Mount, adapter: Adapter, x: Tensor, y: Tenso
     """What `adapter` adds to the output `y` of a layer for the input `x`, for hosts that do the adding themselves."""
     weight = Weight(holder, mount, x.device)
     with weight.unkept():
-        call = Call(mount.site, _readable(x, y), y, bias_at(holder, mount), weight)
+        call = Call(mount.site, _readable(x, y), y, weight.bias(), weight)
         return _deviation(adapter, adapter(x), call)
 
 
@@ -319,7 +306,7 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     dim = y.dim() + mount.site.channel
     part = y.narrow(dim, start, stop - start)
     weight = Weight(holder, mount, x.device)
-    call = Call(mount.site, _readable(x, y), part, bias_at(holder, mount), weight)
+    call = Call(mount.site, _readable(x, y), part, weight.bias(), weight)
     changed = part
     with weight.unkept():
         for adapter in active:
@@ -329,14 +316,14 @@ def _on_rows(y: Tensor, holder: nn.Module, mount: Mount, active: list[Adapter], 
     return torch.cat([y.narrow(dim, 0, start), changed, y.narrow(dim, stop, y.shape[dim] - stop)], dim)
 
 
-def _with_kept_weight(layer: nn.Module, weight: Weight, drawn: list[tuple[Adapter, Drawn]], x: Tensor) -> Tensor:
+def _with_kept_weight(layer: nn.Module, weight: Weight, drawn: tuple[Adapter, Drawn], x: Tensor) -> Tensor:
     """The same with a weight that is built once, while nothing changes."""
-    (adapter, now), *_ = drawn
+    adapter, now = drawn
 
     def changed() -> tuple[Tensor, Tensor | None]:
         shares: list[Share] = [(adapter, now.params, adapter.strength)]
         build, tensors = summed(shares)
-        return build(weight(), *tensors), summed_bias(shares, bias_at(layer, weight.mount))
+        return build(weight(), *tensors), summed_bias(shares, weight.bias())
 
     return weight.mount.site.op(x, *now.params.once(f"weight at {adapter.strength}", changed))
 
@@ -345,5 +332,5 @@ def _weight_path(layer: nn.Module, weight: Weight, site: Site, drawn: list[tuple
     """op(x, W + Σ strength·(W' - W)) + bias + Σ strength·shift, keeping nothing of the weight's size."""
     shares = [(adapter, now.params, adapter.call_strength(x)) for adapter, now in drawn]
     build, tensors = summed(shares)
-    bias = summed_bias(shares, bias_at(layer, weight.mount))
+    bias = summed_bias(shares, weight.bias())
     return contract(site, x, build, [weight(), *tensors], lambda x, *_: site.prepared(x), bias)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nerine.algorithms import Algorithm, Params, Sandwich
+from nerine.algorithms import Params
 from nerine.model.adapter import Adapter, Drawn
 from nerine.model.layer import bias_name
 from nerine.model.mount import Mount, Weight
@@ -43,7 +43,6 @@ class Lane:
         self.among: dict[str, Any] = mount.loose if self.is_loose else child._modules
         self.drawn = Drawn(Params({n: getattr(adapter, n) for n in adapter.names}, adapter.scale))
         self.facts = tuple(self._facts())
-        self.by_input = _may_change_input(adapter.algorithm, self.drawn.params)
         # the engine that is known to reduce its gradients
         self.engine = DistributedDataParallel._active_ddp_module if torch.is_grad_enabled() else None
         self.varies = adapter.has_gate or adapter.draws_itself or bool(adapter.noise.rank_dropout)
@@ -112,21 +111,9 @@ class Lane:
         memo = kept.at(t for _, _, t, _ in self.facts)
         return Drawn(self.drawn.params._replace(memo=memo))
 
-    def bias_now(self) -> Tensor | None:
-        """The bias, a tensor of its own unless it is trained."""
-        return self.bias if self.bias is None or self.bias.requires_grad else self.bias.detach()
-
     def read(self, x: Tensor) -> Weight:
         """The weight for this call."""
         return Weight.ordinary(self.holder, self.mount, x.device)
-
-
-def _may_change_input(algorithm: Algorithm, p: Params) -> bool:
-    """Whether `changed_input` may give something for these tensors; asking it would work the input out."""
-    own = type(algorithm).changed_input
-    if isinstance(algorithm, Sandwich) and own is Sandwich.changed_input:
-        return algorithm.pieces_of(p) == {"pre"}
-    return own is not Algorithm.changed_input
 
 
 def lane_for(holder: nn.Module, mount: Mount, active: list[Adapter]) -> Lane | None:

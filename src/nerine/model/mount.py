@@ -258,15 +258,23 @@ class Weight:
         self.storage = storage_of(holder, self.stored)
         self.is_away = mount.in_group or is_offloaded(holder)  # between the calls
         self.made: Tensor | None = None
+        self.is_known = False
 
     @classmethod
     def ordinary(cls, holder: nn.Module, mount: Mount, device: torch.device) -> Weight:
-        """The same where the weight is known to be an ordinary parameter that stays where it is."""
+        """The same where weight and bias are known to be ordinary parameters that stay where they are."""
         found = cls.__new__(cls)
         found.holder, found.mount, found.device = holder, mount, device
         found.stored = holder._parameters[mount.attr]
-        found.storage, found.is_away, found.made = None, False, None
+        found.storage, found.is_away, found.made, found.is_known = None, False, None, True
         return found
+
+    def bias(self) -> Tensor | None:
+        """The bias that belongs to it, as `bias_at` gives it."""
+        if not self.is_known:
+            return bias_at(self.holder, self.mount)
+        bias = self.holder._parameters.get(bias_name(self.mount.attr))
+        return bias if bias is None or bias.requires_grad else bias.detach()
 
     def __call__(self) -> Tensor:
         if self.made is None:

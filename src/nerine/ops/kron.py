@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from nerine.ops.low_rank_fit import leading
 from nerine.ops.precision import full_precision, wide
-from nerine.ops.recompute import over_wide, replay
-from nerine.ops.row_norm import norm_from_square, row_square
+from nerine.ops.recompute import over_wide
+from nerine.ops.row_norm import norm_from_square, norm_share, row_square
 
 __all__ = [
     "add_kron",
@@ -101,8 +101,6 @@ def mix_channels(x: Tensor, w1: Tensor, channel: int) -> Tensor:
 
 def kron_row_square(weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """Squared norms `[out]` of the rows of `weight + w1 ⊗ w2`, without the dense product."""
-    if w1.shape[1] < 4:  # what is kept for backward is 1/c of the weight: too much of it where c is small
-        return replay(lambda weight, *factors: _row_square(wide(weight), *factors), weight, w1, w2)
     return over_wide(_row_square, weight, w1, w2)
 
 
@@ -164,7 +162,7 @@ class _KronNorm(torch.autograd.Function):
         of_w1 = of_w2 = None
         taps = w2.flatten(1)
         with full_precision(grad):
-            share = (grad / norm).masked_fill_(norm <= ctx.floor, 0.0).reshape(len(w1), -1)  # [a, b]
+            share = norm_share(grad, norm, ctx.floor).reshape(len(w1), -1)  # [a, b]
             if ctx.needs_input_grad[1]:
                 of_w1 = torch.matmul(share[:, None], along)[:, 0] + w1 * (share @ length_2)[:, None]
             if ctx.needs_input_grad[2]:

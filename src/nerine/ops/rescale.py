@@ -88,17 +88,14 @@ def _over(v: Tensor, channel: int) -> Tensor:
     return v.reshape(-1, *[1] * (-1 - channel))
 
 
-def _per_channel(t: Tensor, channel: int) -> Tensor:
-    """Sum over everything but the channels."""
-    return t.sum([i for i in range(t.dim()) if i != channel % t.dim()]) if t.dim() > 1 else t
+def _per_channel(t: Tensor, channel: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum over everything but the channels, in the format `dtype` if one is given and there is something to add up."""
+    return t.sum([i for i in range(t.dim()) if i != channel % t.dim()], dtype=dtype) if t.dim() > 1 else t
 
 
 def _wide_per_channel(t: Tensor, channel: int) -> Tensor:
     """The same in at least fp32: of many tokens, more than half precision could hold."""
-    if t.dim() == 1:
-        return wide(t)
-    dims = [i for i in range(t.dim()) if i != channel % t.dim()]
-    return t.sum(dims, dtype=torch.float32 if t.dtype.itemsize < 4 else t.dtype)
+    return wide(_per_channel(t, channel, torch.float32 if t.dtype.itemsize < 4 else None))
 
 
 class _Rescale(torch.autograd.Function):

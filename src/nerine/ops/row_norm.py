@@ -24,6 +24,7 @@ __all__ = [
     "low_rank_row_square",
     "low_rank_size",
     "norm_from_square",
+    "norm_share",
     "row_square",
 ]
 
@@ -37,6 +38,11 @@ def row_square(weight: Tensor) -> Tensor:
 def norm_from_square(square: Tensor, floor: float) -> Tensor:
     """Square root with a floor: never less than `floor`, and with a zero gradient there instead of an infinite one."""
     return square.clamp_min(floor * floor).sqrt()
+
+
+def norm_share(grad: Tensor, norm: Tensor, floor: float) -> Tensor:
+    """Twice the gradient of such a norm to its square: grad / norm, and nothing at the floor."""
+    return (grad / norm).masked_fill_(norm <= floor, 0.0)
 
 
 def low_rank_row_square(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ class _LowRankNorm(torch.autograd.Function):
         weight, up, down, change, norm = ctx.saved_tensors
         grad_up = grad_down = None
         with full_precision(grad):
-            share = (grad / norm).masked_fill_(norm <= ctx.floor, 0.0).mul_(ctx.scale)[:, None]
+            share = norm_share(grad, norm, ctx.floor).mul_(ctx.scale)[:, None]
             if ctx.needs_input_grad[1]:
                 grad_up = share * change
             if ctx.needs_input_grad[2]:

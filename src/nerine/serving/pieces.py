@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from nerine.algorithms import Algorithm, Call, DoRA, LowRank, Params
 from nerine.ops.precision import compute_dtype, same_dtype
+from nerine.ops.rescale import gain_of
 from nerine.serving.base_state import Memory, State, outside_autograd
 from nerine.site import Site
 
@@ -98,7 +99,8 @@ class Piece:
         """gain·d + (gain - 1)·(y - bias): one product of two factors, and one pass over the output."""
         params = self._remembering(state)
         inner = params.without("magnitude")
-        gain = _gain(params, params.once("norm", lambda: dora.inner.row_norm(inner, weight())))
+        norm = params.once("norm", lambda: dora.inner.row_norm(inner, weight()))
+        gain = gain_of(params.tensors["magnitude"].reshape(-1), norm)
         down, up, factor, _ = _folded(dora.inner, inner, gain.dtype)
         return Factors(down.to(dtype), (up * gain[:, None]).to(dtype), factor, (gain - 1).to(dtype))
 
@@ -110,16 +112,11 @@ def _folded(algorithm: Algorithm, params: Params, dtype: torch.dtype) -> Factors
     return Factors(down.flatten(1).to(dtype), up.to(dtype), params.scale)
 
 
-def _gain(params: Params, norm: Tensor) -> Tensor:
-    """m/|V| in at least fp32; one where the magnitude is zero."""
-    magnitude = params.tensors["magnitude"].reshape(-1)
-    return torch.where(magnitude == 0, torch.ones_like(norm), magnitude / norm)
-
-
 def _around_inputs(dora: DoRA, params: Params, call: Call) -> Tensor:
     """DoRA over the inputs, W' = V·m/|V|: what the layer and the inner adapter make of the scaled input."""
     inner, site = params.without("magnitude"), call.site
-    gain = _gain(params, params.once("column norm", lambda: dora.inner.column_norm(inner, call.weight())))
+    norm = params.once("column norm", lambda: dora.inner.column_norm(inner, call.weight()))
+    gain = gain_of(params.tensors["magnitude"].reshape(-1), norm)
     more = call.x * same_dtype(site.over_channels((gain - 1).repeat(site.groups)), call.x)
     base = site.op(more, call.weight())
     moved = replace(call, x=call.x + more, y=call.y + same_dtype(base, call.y), fresh=False)

@@ -75,6 +75,5 @@ def where_of(settings: AdapterSettings) -> tuple[list[str], bool]:
 
 def freeze(base: Base) -> None:
     """Nothing of the base requires gradients, and no dropout of its own is on."""
-    for part in (base.denoiser, base.vae, *base.text_encoders.values()):
-        if part is not None:
-            part.requires_grad_(False).eval()
+    for part in base.parts:
+        part.requires_grad_(False).eval()

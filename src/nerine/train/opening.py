@@ -77,12 +77,11 @@ def place(base: Base, device: str) -> None:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    for part in (base.denoiser, base.vae, *base.text_encoders.values()):
-        if part is not None:
-            try:
-                part.to(device)
-            except (RuntimeError, AssertionError) as error:
-                raise OptionError(f"--device {device}: {error}") from error
+    for part in base.parts:
+        try:
+            part.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise OptionError(f"--device {device}: {error}") from error
 
 
 def _folder(diffusers: Any, path: Path, settings: BaseSettings, dtype: torch.dtype) -> Any:

@@ -236,9 +236,8 @@ def _feeds(
 def _encode(base: Base, feeds: Sequence[Feed], settings: TrainSettings, watcher: Watcher, accelerator: Any) -> None:
     """Fill the caches, on the device, and let those parts rest in the CPU's memory that have nothing more to do."""
     device = accelerator.device
-    for part in (base.vae, *base.text_encoders.values()):
-        if part is not None:
-            part.to(device)
+    for part in base.encoders:
+        part.to(device)
     for feed in feeds:
         feed.prepare(watcher.preparing, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()

@@ -45,8 +45,7 @@ def draw_samples(run: Run, step: int) -> list[Path]:
 @contextmanager
 def _awake(run: Run) -> Iterator[None]:
     """The parts that rest in the CPU's memory where the others are, for as long as pictures are drawn."""
-    parts: list[nn.Module] = [part for part in (run.base.vae, *run.base.text_encoders.values()) if part is not None]
-    resting_parts = [part for part in parts if _place(part) != run.device]
+    resting_parts = [part for part in run.base.encoders if _place(part) != run.device]
     for part in resting_parts:
         part.to(run.device)
     try:

@@ -7,12 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import nerine
+import one_layer
 from nerine.algorithms import Algorithm
 from nerine.model.mount import mounts_of
 from nerine.model.network import Network
+from one_layer import draw
 
 INNER: tuple[Algorithm, ...] = (
     nerine.LoRA(rank=3, alpha=2),
@@ -30,17 +32,8 @@ ALL = (*INNER, *map(nerine.DoRA, INNER), nerine.DoRA(nerine.LoRA(rank=3), axis="
 
 
 def made(algorithm: Algorithm) -> tuple[nn.Module, Network]:
-    rng = torch.Generator().manual_seed(3)
-    model = nn.Sequential(nn.Linear(24, 16).requires_grad_(False)).eval()
-    network = nerine.attach(model, algorithm)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(torch.randn(p.shape, generator=rng) / 8)
-    return model, network
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    model, network = one_layer.made(algorithm)
+    return model.eval(), network
 
 
 def memo_of(model: nn.Module) -> dict[str, Any]:

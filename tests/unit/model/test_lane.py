@@ -16,6 +16,7 @@ from nerine.algorithms import Algorithm
 from nerine.model.lane import Lane
 from nerine.model.mount import mounts_of
 from nerine.model.network import Network
+from one_layer import draw, made
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     nerine.LoRA(rank=3, alpha=2),
@@ -36,30 +37,10 @@ ALGORITHMS: tuple[Algorithm, ...] = (
 ALL = (*ALGORITHMS, *map(nerine.DoRA, ALGORITHMS), nerine.DoRA(nerine.LoRA(rank=3), axis="in"))
 
 
-def made(algorithm: Algorithm, layer: nn.Module | None = None, **more: Any) -> tuple[nn.Module, Network]:
-    """A model of one layer whose adapter has values."""
-    rng = torch.Generator().manual_seed(3)
-    layer = nn.Linear(24, 16) if layer is None else layer
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=rng) / 4)
-    model = nn.Sequential(layer.requires_grad_(False))
-    network = nerine.attach(model, algorithm, **more)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            noise = torch.randn(p.shape, generator=rng) / 8
-            p.add_(noise) if name.endswith("magnitude") else p.copy_(noise)
-    return model, network
-
-
 def lane_of(model: nn.Module) -> Lane | None:
     (mount,) = mounts_of(model[0])  # type: ignore[index]
     lane: Lane | None = mount.lane
     return lane
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
 def long_way(model: nn.Module, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import nerine
+import one_layer
 from nerine.algorithms import Algorithm, weight_pays_from
 from nerine.model.adapter import Adapter
 from nerine.model.network import Network
@@ -16,12 +17,7 @@ from nerine.site import Site
 
 
 def made(algorithm: Algorithm, layer: nn.Module) -> tuple[nn.Module, Network, Adapter]:
-    rng = torch.Generator().manual_seed(3)
-    model = nn.Sequential(layer.requires_grad_(False))
-    network = nerine.attach(model, algorithm)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(torch.randn(p.shape, generator=rng) / 8)
+    model, network = one_layer.made(algorithm, layer)
     ((_, _, adapter),) = network.adapters()
     return model, network, adapter
 

@@ -62,6 +62,16 @@ class Base(ABC):
         return {name: part for name, part in found.items() if part is not None}
 
     @property
+    def encoders(self) -> list[nn.Module]:
+        """What encodes pictures and captions."""
+        return [part for part in (self.vae, *self.text_encoders.values()) if part is not None]
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All modules of the base."""
+        return [self.denoiser, *self.encoders]
+
+    @property
     @abstractmethod
     def prediction(self) -> str: ...
 
@@ -152,8 +162,7 @@ class Base(ABC):
 @contextmanager
 def _resting(base: Base) -> Iterator[None]:
     """No dropout of the base's own is on for the length of a `with` block, whatever training has switched on."""
-    parts = (base.denoiser, base.vae, *base.text_encoders.values())
-    awake = [module for part in parts if part is not None for module in part.modules() if module.training]
+    awake = [module for part in base.parts for module in part.modules() if module.training]
     for module in awake:
         module.training = False
     try:

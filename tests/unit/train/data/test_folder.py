@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,17 +13,7 @@ from nerine.train.config import settings_of
 from nerine.train.data.folder import DataReport, read_pictures, read_validation, split
 from nerine.train.randomness import Dice
 from nerine.train.settings import DataSettings, Subset
-
-
-def picture(file: Path, size: tuple[int, int] = (20, 12), **more: Any) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (10, 200, 30)).save(file, **more)
-    return file
-
-
-def read(folder: Path, subsets: tuple[Subset, ...] = (), **data: Any) -> tuple[list[Picture], Any]:
-    given = {"data": (folder,), **data}
-    return read_pictures(settings_of({**given, "subset": subsets}))
+from picture_folders import picture, read
 
 
 def test_a_plain_folder_has_captions_beside(tmp_path: Path) -> None:

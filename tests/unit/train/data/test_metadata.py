@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 
 from nerine.errors import FormatError
 from nerine.tiny import style_set
-from nerine.train.batch import Picture
-from nerine.train.config import settings_of
-from nerine.train.data.folder import read_pictures
-from nerine.train.settings import Subset
-
-
-def picture(file: Path, size: tuple[int, int] = (20, 12), **more: Any) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (10, 200, 30)).save(file, **more)
-    return file
-
-
-def read(folder: Path, subsets: tuple[Subset, ...] = (), **data: Any) -> tuple[list[Picture], Any]:
-    given = {"data": (folder,), **data}
-    return read_pictures(settings_of({**given, "subset": subsets}))
+from picture_folders import picture, read
 
 
 def test_metadata_does_not_bring_back_what_lies_too_deep(tmp_path: Path) -> None:

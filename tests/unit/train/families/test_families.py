@@ -68,6 +68,21 @@ def pixart_alpha() -> Any:
     )
 
 
+def gemma(layers: int) -> Any:
+    """The text encoder of Sana and Lumina 2."""
+    config = transformers.Gemma2Config(
+        hidden_size=8,
+        head_dim=4,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=layers,
+        vocab_size=29,
+        attn_implementation="eager",
+    )
+    return transformers.Gemma2Model(config).eval()
+
+
 def sana() -> Any:
     """Its autoencoder gives no distribution, its times are scaled, and its prompts have an instruction before them."""
     torch.manual_seed(0)
@@ -85,16 +100,6 @@ def sana() -> Any:
         sample_size=32,
         timestep_scale=0.5,
     ).eval()
-    gemma = transformers.Gemma2Config(
-        hidden_size=8,
-        head_dim=4,
-        intermediate_size=12,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_hidden_layers=1,
-        vocab_size=29,
-        attn_implementation="eager",
-    )
     blocks: dict[str, Any] = {
         f"{side}_{what}": value
         for side in ("encoder", "decoder")
@@ -107,7 +112,7 @@ def sana() -> Any:
     }
     return diffusers.SanaPipeline(
         tokenizer=tokenizer(),
-        text_encoder=transformers.Gemma2Model(gemma).eval(),
+        text_encoder=gemma(layers=1),
         vae=diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.4, **blocks).eval(),
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -167,19 +172,9 @@ def lumina() -> Any:
         axes_lens=(512, 32, 32),
         cap_feat_dim=8,
     ).eval()
-    gemma = transformers.Gemma2Config(
-        hidden_size=8,
-        head_dim=4,
-        intermediate_size=12,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-        vocab_size=29,
-        attn_implementation="eager",
-    )
     return diffusers.Lumina2Pipeline(
         tokenizer=tokenizer(),
-        text_encoder=transformers.Gemma2Model(gemma).eval(),
+        text_encoder=gemma(layers=2),
         vae=deep,
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),

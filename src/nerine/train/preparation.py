@@ -256,7 +256,6 @@ def _place(base: Base, settings: TrainSettings, device: torch.device) -> None:
         checkpoint_activations(base.denoiser)
         for part in base.text_encoders.values() if settings.adapter.text_encoder else ():
             checkpoint_activations(part)
-            part.train()
     if settings.base.offload != "none":
         offload(base.denoiser, device, settings.base.offload)
     else:

@@ -351,6 +351,18 @@ def test_runs_under_little_memory(folders: Path, tmp_path: Path, more: dict[str,
         assert own.loss == pytest.approx(plain.loss, rel=0.05)
 
 
+def test_trained_text_encoders_keep_their_dropouts_asleep(folders: Path, tmp_path: Path) -> None:
+    """Computing activations again needs blocks in training; the dropouts of the base stay off all the same."""
+    shutil.copytree(folders / "sd", tmp_path / "sd")
+    config = tmp_path / "sd" / "text_encoder" / "config.json"
+    told = json.loads(config.read_text()) | {"attention_dropout": 0.5, "dropout": 0.5}
+    config.write_text(json.dumps(told))
+    more: dict[str, Any] = {"data": (folders / "pictures",), "text_encoder": True, "save_dtype": "fp32"}
+    plain = run(tmp_path, tmp_path / "plain", "sd", **more)
+    again = run(tmp_path, tmp_path / "again", "sd", **more, gradient_checkpointing=True)
+    assert again.loss == pytest.approx(plain.loss, rel=1e-6)
+
+
 def test_half_precision_bases_are_trained(folders: Path, tmp_path: Path) -> None:
     report = run(folders, tmp_path / "run", "sd", dtype="bf16", mixed_precision="bf16")
     assert report.is_finished

@@ -3,8 +3,10 @@
     python tests/killed_training.py FOLDER TRIES SETTINGS...
 
 A run is made without a disturbance; the same run is then killed (SIGKILL) at random moments and gone on with, until it
-is at its end, TRIES times over. Prints as JSON how often it was killed, and every difference between the two: in the
-files of the adapters (bytes), in the state of the last checkpoint (bits), in the history of losses (digits).
+is at its end, TRIES times over. The moments follow the run's own history and not a clock, so that no run slips by on a
+busy machine: its first process dies in the first half of the steps, those after it wherever chance has it. Prints as
+JSON how often it was killed, and every difference between the two: in the files of the adapters (bytes), in the state
+of the last checkpoint (bits), in the history of losses (digits).
 """
 
 from __future__ import annotations
@@ -51,6 +53,25 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def reached(out: Path) -> int:
+    """The last step in the history of a run; 0 before there is one."""
+    file = out / "history.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def killed_after(child: int, out: Path, step: int, delay: float) -> int:
+    """The exit code of a process that is killed `delay` seconds after it did `step`, unless it is over by then."""
+    while reached(out) < step:
+        over, status = os.waitpid(child, os.WNOHANG)
+        if over:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    return ended(child)
+
+
 def differences(one: Any, two: Any, where: str) -> list[str]:
     """Where two nests of dicts, lists and tensors are not the same to the bit."""
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
@@ -91,20 +112,22 @@ def main() -> None:
     style_set("neon").write(folder / "pictures")
     os.chdir(folder)
     common = ["train", "--data", "pictures", *settings]
-    began = time.monotonic()
+    steps_in_all, began = int(settings[settings.index("--steps") + 1]), time.monotonic()
     if ended(started([*common, "--out", "whole"])):
         sys.exit(Path("child.log").read_text())
-    takes = time.monotonic() - began
+    a_step = (time.monotonic() - began) / steps_in_all  # the start has its share in it: enough for what follows a step
     rng, killed, broken, steps = random.Random(1), 0, [], set()
     for attempt in range(tries):
         out = Path(f"again{attempt}")
-        code: int | None = None
+        code, last = -signal.SIGKILL, steps_in_all // 2
         while code != 0:
+            done = reached(out)
             child = started([*common, "--out", str(out), *(["--resume"] if (out / "settings.toml").exists() else [])])
-            if rng.random() < 0.8:  # else it may go to its end
-                time.sleep(rng.uniform(0.3, 1) * takes)
-                os.kill(child, signal.SIGKILL)
-            code = ended(child)
+            if done < last and rng.random() < (0.8 if done else 1):  # else it may go to its end
+                code = killed_after(child, out, rng.randint(done + 1, last), rng.uniform(0, a_step))
+            else:
+                code = ended(child)
+            last = steps_in_all
             killed += code == -signal.SIGKILL
             if code not in (0, -signal.SIGKILL):
                 sys.exit(Path("child.log").read_text())

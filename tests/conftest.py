@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,8 @@ from simulated_cuda.fixture import run_on_simulated_cuda  # noqa: F401  (a fixtu
 from strict_world import strict_world
 
 torch.set_num_threads(1)  # the tensors here are small, and sums keep their order
+
+TABLE = 40  # cases of one test that the default run takes
 
 # `--hypothesis-profile=explore` looks for new failures; the default repeats the same examples.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
@@ -44,7 +47,23 @@ def _strict_world(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+def _thin(items: list[pytest.Item]) -> None:
+    """Mark as wide all but about `TABLE` cases of a test with a large table: every n-th one stays, beginning at a place
+    that differs from test to test, so that tests over the same table keep different rows of it."""
+    tables: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, rows in tables.items():
+        every = -(-len(rows) // TABLE)
+        start = zlib.crc32(name.encode()) % every
+        for at, item in enumerate(rows):
+            if at % every != start:
+                item.add_marker(pytest.mark.wide)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _thin(items)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -10,7 +10,8 @@
     ├── MergeError       (RuntimeError)  merging at a time when the result would be wrong
     └── MissingExtra     (ImportError)   an optional part that is not installed
 
-Every message says where, what was expected, what was found and what to do. This file knows nothing of torch.
+Every message says where, what was expected, what was found and what to do. Under a traceback stands one line more,
+which names the entry of `nerine explain`; it is looked up when somebody shows the traceback. Nothing here knows torch.
 """
 
 from __future__ import annotations
@@ -35,6 +36,21 @@ __all__ = [
 
 class NerineError(Exception):
     """The root of every error that nerine raises."""
+
+    @property
+    def __notes__(self) -> list[str]:
+        """The lines under a traceback (PEP 678; Python 3.11 and newer show them), with the entry that explains more."""
+        own: dict[str, list[str]] = self.__dict__
+        if "__notes__" not in own:
+            from nerine.troubles import find
+
+            entry = find(self)
+            own["__notes__"] = [] if entry is None else [f"More: nerine explain {entry.key}"]
+        return own["__notes__"]
+
+    @__notes__.setter
+    def __notes__(self, notes: list[str]) -> None:
+        self.__dict__["__notes__"] = notes
 
 
 class ShapeError(NerineError, ValueError):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+import sys
+import traceback
 
 import pytest
 
@@ -47,3 +51,32 @@ def test_each_is_caught_as_both(name: str, kind: type[Exception]) -> None:
 )
 def test_nearest(name: str, known: list[str], words: str) -> None:
     assert nearest(name, known) == words
+
+
+# -- the line under a traceback ----------------------------------------------------------------------------------------
+def notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
+
+
+def test_a_traceback_names_the_entry_that_explains_it() -> None:
+    error = errors.MergeError("a: 'style' is merged already; unmerge before merging again")
+    assert notes(error) == ["More: nerine explain merged-already"]
+    assert str(error) == "a: 'style' is merged already; unmerge before merging again"
+    if sys.version_info >= (3, 11):
+        lines = traceback.format_exception_only(error)
+        assert lines == [f"nerine.errors.MergeError: {error}\n", "More: nerine explain merged-already\n"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
+def test_notes_of_others_stand_beside_ours_and_belong_to_one_error() -> None:
+    first, second = errors.ShapeError("@"), errors.ShapeError("@")
+    first.add_note("from elsewhere")  # type: ignore[attr-defined,unused-ignore]
+    assert notes(first) == ["More: nerine explain shape-mismatch", "from elsewhere"]
+    assert notes(second) == ["More: nerine explain shape-mismatch"]
+
+
+def test_an_error_travels_between_processes() -> None:
+    error = errors.FormatError("a.safetensors: 3 of its keys")
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert str(again) == str(error)
+        assert notes(again) == notes(error)

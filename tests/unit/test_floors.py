@@ -14,6 +14,7 @@ FLOORS = {
     "axes": 0,
     "parts": 0,
     "tables": 0,
+    "troubles": 0,
     "version": 0,
     "site": 1,
     "ops": 1,
@@ -31,6 +32,7 @@ FLOORS = {
     "__main__": 5,
     "train": 5,
     "tiny": 5,
+    "ui": 5,
 }
 PUBLIC = 4  # a name taken from `nerine` itself comes from up there
 STRANGERS = ({"model", "files"},)  # same floor, and yet neither may know the other

@@ -7,23 +7,32 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from nerine.cli.help import Command, Group
 from nerine.cli.shared import DRY_RUN, FORCE, JSON, OUT, PICKLE, pairs, show
+from nerine.cli.terminal import say
 
 if TYPE_CHECKING:
     from nerine.tools.bundle import BundleReport
 
 __all__ = ["bundle"]
 
+_ABOUT = """Embeddings (textual inversions) that travel in an adapter file.
+
+Examples:
+    nerine bundle list both.safetensors
+    nerine bundle pack style.safetensors -e ohwx=ohwx.safetensors -o both.safetensors
+    nerine bundle unpack both.safetensors -o parts
+"""
 bundle = typer.Typer(
     name="bundle",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="Put textual inversions into an adapter file, take them out, or list them.",
+    cls=Group,
+    rich_markup_mode=None,
+    help=_ABOUT,
 )
 FILE: Path = typer.Argument(..., help="An adapter file.", show_default=False)
 
 
-@bundle.command()
+@bundle.command(cls=Command)
 def pack(
     adapter: Path = FILE,
     embedding: list[str] = typer.Option(
@@ -37,7 +46,8 @@ def pack(
 ) -> None:
     """Write an adapter with embeddings in it, each under its trigger word.
 
-    Example: [bold]nerine bundle pack style.safetensors -e ohwx=ohwx.safetensors -o both.safetensors[/bold]
+    Examples:
+        nerine bundle pack style.safetensors -e ohwx=ohwx.safetensors -o both.safetensors
     """
     from nerine.tools.bundle import pack as put_in
 
@@ -45,7 +55,7 @@ def pack(
     _show(put_in(adapter, out, files, allow_pickle=allow_pickle, force=force, dry_run=dry_run), dry_run, as_json)
 
 
-@bundle.command()
+@bundle.command(cls=Command)
 def unpack(
     file: Path = FILE,
     out: Path = typer.Option(..., "--out", "-o", help="The folder to write into; made where it is missing."),
@@ -54,20 +64,24 @@ def unpack(
     dry_run: bool = DRY_RUN,
     as_json: bool = JSON,
 ) -> None:
-    """Write the embeddings of a bundle into a folder, a file for each trigger word, and the adapter beside them.
+    """Write the embeddings of a bundle into a folder.
 
-    Example: [bold]nerine bundle unpack both.safetensors -o parts[/bold]
+    Each trigger word gets a file, and the adapter lies beside them.
+
+    Examples:
+        nerine bundle unpack both.safetensors -o parts
     """
     from nerine.tools.bundle import unpack as take_out
 
     _show(take_out(file, out, allow_pickle=allow_pickle, force=force, dry_run=dry_run), dry_run, as_json)
 
 
-@bundle.command("list")
+@bundle.command("list", cls=Command)
 def list_(file: Path = FILE, allow_pickle: bool = PICKLE, as_json: bool = JSON) -> None:
     """List the embeddings that an adapter file carries.
 
-    Example: [bold]nerine bundle list both.safetensors[/bold]
+    Examples:
+        nerine bundle list both.safetensors
     """
     from nerine.tools.bundle import contents
 
@@ -77,4 +91,4 @@ def list_(file: Path = FILE, allow_pickle: bool = PICKLE, as_json: bool = JSON) 
 def _show(report: BundleReport, dry_run: bool, as_json: bool) -> None:
     show(report, as_json)
     if dry_run and not as_json:
-        typer.echo("nothing was written (--dry-run)")
+        say("nothing was written (--dry-run)")

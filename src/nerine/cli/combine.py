@@ -7,9 +7,12 @@ from typing import Any
 
 import typer
 
+from nerine.cli.choices import dialects, listed
 from nerine.cli.shared import DEVICE, DRY_RUN, DTYPE, FORCE, JSON, OUT, PICKLE, bar, dtype_of, show, split_strength
 
 __all__ = ["combine"]
+
+METHODS = ("concat", "svd", "linear", "ties", "dare", "dare_linear", "dare_ties", "magnitude_prune")
 
 
 def combine(
@@ -18,15 +21,23 @@ def combine(
     ),
     out: Path = OUT,
     method: str = typer.Option(
-        "concat", help="concat, svd, linear, ties, dare, dare_linear, dare_ties or magnitude_prune."
+        "concat",
+        help="concat, svd, linear, ties, dare, dare_linear, dare_ties or magnitude_prune.",
+        autocompletion=listed(*METHODS),
     ),
-    to: str | None = typer.Option(None, help="lora or full: what comes of what is no low-rank product."),
+    to: str | None = typer.Option(
+        None, help="lora or full: what comes of what is no low-rank product.", autocompletion=listed("lora", "full")
+    ),
     rank: int | None = typer.Option(None, min=1, help="The rank of the result (svd, linear, and what is fitted)."),
     density: float = typer.Option(0.5, help="The share of the entries that count (ties, dare, magnitude_prune)."),
-    sign: str = typer.Option("total", help="How ties elects a sign: total or frequency."),
+    sign: str = typer.Option(
+        "total", help="How ties elects a sign: total or frequency.", autocompletion=listed("total", "frequency")
+    ),
     seed: int = typer.Option(0, help="Of the draws of dare."),
     base: Path | None = typer.Option(None, help="The checkpoint that all are for (for DoRA, OFT, GLoRA, IA3)."),
-    dialect: str | None = typer.Option(None, help="The dialect to write; that of the first if left out."),
+    dialect: str | None = typer.Option(
+        None, help="The dialect to write; that of the first if left out.", autocompletion=dialects
+    ),
     component: str | None = typer.Option(None, help="The part of a pipeline that they are for."),
     dtype: str | None = DTYPE,
     device: str = DEVICE,
@@ -35,11 +46,13 @@ def combine(
     dry_run: bool = DRY_RUN,
     as_json: bool = JSON,
 ) -> None:
-    """Combine adapters with each other, each at its strength, into one file.
+    """Combine adapters, each at its strength, into one file.
 
     concat is exact for all low-rank adapters: the file adds what they would add together. svd cuts that down to a rank.
 
-    Example: [bold]nerine combine style.safetensors:0.7 face.safetensors:0.3 -o both.safetensors[/bold]
+    Examples:
+        nerine combine style.safetensors:0.7 face.safetensors:0.3 -o both.safetensors
+        nerine combine a.safetensors b.safetensors -o both.safetensors --method svd --rank 32
     """
     from nerine.tools.combine import combine as run
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from nerine.cli.choices import dialects
 from nerine.cli.shared import DEVIATES, DEVICE, JSON, PICKLE, bar, show
 
 __all__ = ["compare"]
@@ -18,18 +19,25 @@ def compare(
     tol: float | None = typer.Option(
         None, "--tol", min=0.0, help="Exit with 3 where a layer is further apart than this, or in one file alone."
     ),
-    dialect_a: str | None = typer.Option(None, "--dialect-a", help="Read the first one as this dialect."),
-    dialect_b: str | None = typer.Option(None, "--dialect-b", help="Read the second one as this dialect."),
+    dialect_a: str | None = typer.Option(
+        None, "--dialect-a", help="Read the first one as this dialect.", autocompletion=dialects
+    ),
+    dialect_b: str | None = typer.Option(
+        None, "--dialect-b", help="Read the second one as this dialect.", autocompletion=dialects
+    ),
     device: str = DEVICE,
     allow_pickle: bool = PICKLE,
     as_json: bool = JSON,
 ) -> None:
-    """Compare the changes that two adapters make, layer by layer: their angle, sizes, distance and directions.
+    """Compare the changes that two adapters make, layer by layer.
 
-    Layers are matched whatever the files call them. The distance of two changes is |A - B| / max(|A|, |B|). With --base
-    those that depend on the weights (DoRA, rotations, multipliers, GLoRA) are compared, too.
+    Shown are their angle, sizes, distance and directions. Layers are matched whatever the files call them. The distance
+    of two changes is |A - B| / max(|A|, |B|). With --base those that depend on the weights (DoRA, rotations,
+    multipliers, GLoRA) are compared, too.
 
-    Example: [bold]nerine compare before.safetensors after.safetensors --tol 1e-3[/bold]
+    Examples:
+        nerine compare before.safetensors after.safetensors
+        nerine compare before.safetensors after.safetensors --base sdxl.safetensors --tol 1e-3
     """
     from nerine.tools.compare import compare as look
 

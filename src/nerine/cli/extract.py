@@ -8,25 +8,59 @@ from typing import Any
 
 import typer
 
-from nerine.cli.shared import DEVICE, DRY_RUN, DTYPE, FORCE, JSON, OUT, PICKLE, bar, dtype_of, pairs, show, size_of
+from nerine.cli.choices import algorithms, dialects, listed
+from nerine.cli.shared import (
+    DEVICE,
+    DRY_RUN,
+    DTYPE,
+    FORCE,
+    JSON,
+    OUT,
+    PICKLE,
+    TARGETS,
+    bar,
+    dtype_of,
+    pairs,
+    show,
+    size_of,
+)
+from nerine.cli.terminal import say
 
 __all__ = ["extract"]
 
 UNSIZED = ("full", "ia3", "diag-oft")  # their settings alone say how large they are
 
 
+def _algorithms(incomplete: str) -> list[str]:
+    return [*algorithms(incomplete), *listed("auto")(incomplete)]
+
+
+ALGO: str = typer.Option(
+    "lora",
+    "--algo",
+    help="lora, lokr, loha, full, ia3, diag-oft, ..., or auto with --size.",
+    autocompletion=_algorithms,
+)
+MODE: str | None = typer.Option(
+    None,
+    "--mode",
+    help="A mode of LyCORIS: fixed, threshold, ratio, quantile or full.",
+    autocompletion=listed("fixed", "threshold", "ratio", "quantile", "full"),
+)
+
+
 def extract(
     base: Path = typer.Argument(..., help="The checkpoint before: a file, an index of pieces, or a folder."),
     tuned: Path = typer.Argument(..., help="The checkpoint after; layout and number format may be others."),
     out: Path = OUT,
-    algo: str = typer.Option("lora", "--algo", help="lora, lokr, loha, full, ia3, diag-oft, ..., or auto with --size."),
+    algo: str = ALGO,
     rank: int | None = typer.Option(None, min=1, help="The rank of all layers."),
     energy: float | None = typer.Option(None, help="The share of the squared difference that each layer keeps: 0.9."),
     threshold: float | None = typer.Option(None, help="As many ranks as have singular values above this."),
     ratio: float | None = typer.Option(None, help="As many as are above this part of the largest."),
     quantile: float | None = typer.Option(None, help="As many as make up this part of their sum."),
     size: str | None = typer.Option(None, help="The size of the file, as in 20MB, spent where it counts most."),
-    mode: str | None = typer.Option(None, help="A mode of LyCORIS: fixed, threshold, ratio, quantile or full."),
+    mode: str | None = MODE,
     param: float | None = typer.Option(None, help="The number of that mode."),
     conv_rank: int | None = typer.Option(None, min=1, help="With --rank: that of layers with a kernel."),
     algos: str | None = typer.Option(None, help="With --algo auto: which to choose from, as in lora,lokr,full."),
@@ -34,9 +68,9 @@ def extract(
     dora: bool = typer.Option(False, "--dora", help="Magnitudes apart from directions."),
     tucker: bool = typer.Option(False, "--tucker", help="Convolutions as a small core between two matrices."),
     train_norm: bool = typer.Option(False, "--train-norm", help="Norms too, and biases where they alone changed."),
-    targets: list[str] = typer.Option([], "--targets", help="A preset or pattern of layers; can be given again."),
+    targets: list[str] = TARGETS,
     min_change: float = typer.Option(0.0, help="Leave out layers that changed by no more than this part of them."),
-    dialect: str = typer.Option("kohya", help="kohya, lycoris, diffusers, peft, comfy, ..."),
+    dialect: str = typer.Option("kohya", help="kohya, lycoris, diffusers, peft, comfy, ...", autocompletion=dialects),
     component: str | None = typer.Option(None, help="The part of a pipeline that it is, where names do not tell."),
     hashes: bool = typer.Option(False, "--hashes", help="Write the hashes by which A1111 knows files."),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="All layers in the table, not the 20 worst."),
@@ -47,12 +81,13 @@ def extract(
     dry_run: bool = DRY_RUN,
     as_json: bool = JSON,
 ) -> None:
-    """Extract from two checkpoints the adapter that turns BASE into TUNED.
+    """Extract the adapter that turns one checkpoint into another.
 
     One of --rank, --energy, --threshold, --ratio, --quantile, --mode and --size says how large it is to be.
 
-    Example: [bold]nerine extract sdxl.safetensors mine.safetensors -o mine-20.safetensors --algo auto --size 20MB
-    --dtype fp16[/bold]
+    Examples:
+        nerine extract sdxl.safetensors mine.safetensors -o mine-lora.safetensors --rank 32
+        nerine extract sdxl.safetensors mine.safetensors -o mine-20.safetensors --algo auto --size 20MB
     """
     sizes: dict[str, Any] = {
         "rank": rank,
@@ -73,7 +108,7 @@ def extract(
     options |= {"hashes": hashes, "dtype": dtype_of(dtype), "device": device, "allow_pickle": allow_pickle}
     with bar("extracting") as progress:
         report = run(base, tuned, out, **options, force=force, dry_run=dry_run, progress=progress)
-    typer.echo(report.verbose()) if verbose and not as_json else show(report, as_json)
+    say(report.verbose()) if verbose and not as_json else show(report, as_json)
 
 
 def _check_usage(algo: str, sizes: dict[str, Any], has_param: bool, settings: list[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from nerine.cli.choices import devices, formats
 from nerine.cli.shared import FORCE, JSON, bar, show, split_strength
 from nerine.errors import OptionError
 
@@ -28,25 +29,29 @@ def generate(
     guidance: float | None = typer.Option(None, min=0, help="Guidance scale; the base's own if left out."),
     negative: str = typer.Option("", help="What not to draw."),
     size: str | None = typer.Option(None, help="WIDTHxHEIGHT in pixels; the base's own if left out."),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps, ..."),
-    dtype: str = typer.Option("auto", "--dtype", help="fp32, fp16 or bf16; auto: bf16 on a GPU."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps, ...", autocompletion=devices),
+    dtype: str = typer.Option(
+        "auto", "--dtype", help="fp32, fp16 or bf16; auto: bf16 on a GPU.", autocompletion=formats
+    ),
     force: bool = FORCE,
     as_json: bool = JSON,
 ) -> None:
-    """Draw pictures: every prompt with every seed, as single files or as one sheet.
+    """Draw pictures from prompts, with any base and any adapters.
 
-    Example: [bold]nerine generate "a seven, neon" --adapter style.safetensors --grid strengths=0,0.5,1 -o s.png[/bold]
+    Every prompt is drawn with every seed, as single files or as one sheet. Without a base it is the little model that
+    comes with nerine.
+
+    Examples:
+        nerine generate "a seven, neon" -o seven.png
+        nerine generate "a cat" --base sdxl-folder --adapter style.safetensors:0.8 -o cat.png
+        nerine generate "a seven, neon" --adapter style.safetensors --grid strengths=0,0.5,1 -o s.png
     """
     from nerine.train.drawing import AdapterFile, put_on
     from nerine.train.drawing import generate as draw
     from nerine.train.opening import open_base, place
     from nerine.train.settings import BaseSettings
 
-    strengths, grid_seeds = _grid(grid)
-    if grid is not None and out.suffix.lower() != ".png":
-        raise OptionError(f"--grid makes one sheet: give a file, as in --out sheet.png, found {out}")
-    if seeds and grid_seeds:
-        raise OptionError("--grid seeds=... says which seeds there are: leave out --seed")
+    strengths, grid_seeds = _grid(grid, out, seeds)
     pixels = _size(size)
     if dtype not in ("auto", "fp32", "fp16", "bf16"):
         raise OptionError(f"--dtype: expected auto, fp32, fp16 or bf16, found {dtype!r}")
@@ -71,16 +76,21 @@ def generate(
     show(report, as_json)
 
 
-def _grid(text: str | None) -> tuple[list[float], list[int]]:
-    """(strengths, seeds) of "strengths=0,0.5,1" or "seeds=1,2"."""
+def _grid(text: str | None, out: Path, seeds: list[int]) -> tuple[list[float], list[int]]:
+    """(strengths, seeds) of "strengths=0,0.5,1" or "seeds=1,2", for a sheet in `out`; `seeds` are given beside it."""
     if text is None:
         return [], []
+    if out.suffix.lower() != ".png":
+        raise OptionError(f"--grid makes one sheet: give a file, as in --out sheet.png, found {out}")
     what, _, values = text.partition("=")
     try:
         if what == "strengths":
             return [float(value) for value in values.split(",")], []
         if what == "seeds":
-            return [], [int(value) for value in values.split(",")]
+            found = [int(value) for value in values.split(",")]
+            if seeds:
+                raise OptionError("--grid seeds=... says which seeds there are: leave out --seed")
+            return [], found
     except ValueError:
         pass
     raise OptionError(f"--grid: expected strengths=0,0.5,1 or seeds=1,2,3, found {text!r}")

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from nerine.cli.choices import dialects
 from nerine.cli.shared import DEVIATES, DEVICE, FORCE, JSON, PICKLE, bar, show
+from nerine.cli.terminal import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,19 +24,23 @@ def inspect(
     base: Path | None = typer.Option(None, "--base", help="The checkpoint of the model that it is for."),
     layers: bool = typer.Option(False, "--layers", help="Every layer, not the blocks alone."),
     html: Path | None = typer.Option(None, "--html", help="Write the report as one page for a browser, too."),
-    dialect: str | None = typer.Option(None, "--dialect", help="Read it as this dialect."),
+    dialect: str | None = typer.Option(None, "--dialect", help="Read it as this dialect.", autocompletion=dialects),
     strict: bool = typer.Option(False, "--strict", help="Exit with 3 where a layer is suspicious."),
     force: bool = FORCE,
     device: str = DEVICE,
     allow_pickle: bool = PICKLE,
     as_json: bool = JSON,
 ) -> None:
-    """Show what is in an adapter file: algorithm, ranks, training settings, and the size of every layer's change.
+    """Show what is in an adapter file.
 
-    Layers that look wrong are listed: NaN, no change at all, far too large, collapsed to one direction. With --base the
-    changes are measured against the weights of the model.
+    Its algorithm, its ranks, its training settings, and the size of every layer's change. Layers that look wrong are
+    listed: NaN, no change at all, far too large, collapsed to one direction. With --base the changes are measured
+    against the weights of the model.
 
-    Example: [bold]nerine inspect style.safetensors --base sdxl.safetensors --html report.html[/bold]
+    Examples:
+        nerine inspect style.safetensors
+        nerine inspect style.safetensors --base sdxl.safetensors --html report.html
+        nerine inspect style.safetensors --json --strict
     """
     from nerine.files.atomic import write_text
     from nerine.tools.inspect import inspect as look
@@ -53,7 +59,7 @@ def inspect(
     else:
         _draw([*sheets_of(report), *(layer_sheets(report) if layers else ())], "red" if report.findings else "green")
         if target is not None:
-            typer.echo(f"\nwritten: {target}")
+            say(f"\nwritten: {target}")
     if strict and not report.healthy:
         raise typer.Exit(DEVIATES)
 
@@ -61,14 +67,15 @@ def inspect(
 def _draw(sheets: Iterable[Sheet], verdict: str) -> None:
     """The tables in colour where the terminal has any. Texts come from files: none of them is markup."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from nerine.cli.terminal import console
+
+    screen = console()
     for i, sheet in enumerate(sheets):
         style = verdict if sheet.title.startswith("Suspicious") else "bold"
-        console.print(Text(f"{chr(10) if i else ''}{sheet.title}", style=style))
+        screen.print(Text(f"{chr(10) if i else ''}{sheet.title}", style=style))
         if not sheet.rows:
             continue
         filled = [at for at, name in enumerate(sheet.head) if not name or any(row[at] for row in sheet.rows)]
@@ -85,7 +92,7 @@ def _draw(sheets: Iterable[Sheet], verdict: str) -> None:
             )
         for row in sheet.rows:
             table.add_row(*(Text(row[at]) for at in filled))
-        console.print(table)
+        screen.print(table)
 
 
 def _is_number(cell: str) -> bool:

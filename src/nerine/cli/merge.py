@@ -47,13 +47,15 @@ def merge(
     dry_run: bool = DRY_RUN,
     as_json: bool = JSON,
 ) -> None:
-    """Merge adapters of any algorithms into a checkpoint, tensor by tensor.
+    """Merge adapters into a checkpoint, or take them out again.
 
-    The changes are summed in fp32 and rounded once. Memory for a few tensors is enough, whatever the size of the model.
-    Exit code 3: --verify found another number than was written.
+    Adapters may be of any algorithms. The changes are summed in fp32 and rounded once. Memory for a few tensors is
+    enough, whatever the size of the model. Exit code 3: --verify found another number than was written.
 
-    Example: [bold]nerine merge sdxl.safetensors style.safetensors:0.8 face.safetensors:unet=0.6 -o merged.safetensors
-    --verify 8[/bold]
+    Examples:
+        nerine merge sdxl.safetensors style.safetensors:0.8 -o merged.safetensors
+        nerine merge sdxl.safetensors style.safetensors face.safetensors:unet=0.6 -o m.safetensors --verify 8
+        nerine merge merged.safetensors style.safetensors -o before.safetensors --unmerge --original sdxl.safetensors
     """
     from nerine.errors import OptionError
     from nerine.tools.merge import merge as merge_in

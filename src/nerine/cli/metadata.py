@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from nerine.cli.help import Command, Group
 from nerine.cli.shared import DRY_RUN, FORCE, JSON, PICKLE, pairs, show
+from nerine.cli.terminal import say
 from nerine.errors import OptionError
 
 if TYPE_CHECKING:
@@ -15,29 +17,40 @@ if TYPE_CHECKING:
 
 __all__ = ["metadata"]
 
+_ABOUT = """Show, change or strip what an adapter file says of itself.
+
+The tensors stay as they are, bit by bit.
+
+Examples:
+    nerine metadata show style.safetensors
+    nerine metadata edit style.safetensors --set modelspec.author=Ann -o new.safetensors
+    nerine metadata strip style.safetensors -o public.safetensors
+"""
 metadata = typer.Typer(
     name="metadata",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="Show, change or strip what an adapter file says of itself; its tensors stay as they are, bit by bit.",
+    cls=Group,
+    rich_markup_mode=None,
+    help=_ABOUT,
 )
 FILE: Path = typer.Argument(..., help="An adapter file, or the folder of one.", show_default=False)
 WHERE: Path | None = typer.Option(None, "--out", "-o", help="Where to write.", show_default=False)
 IN_PLACE: bool = typer.Option(False, "--in-place", help="Write over FILE itself.")
 
 
-@metadata.command("show")
+@metadata.command("show", cls=Command)
 def show_(file: Path = FILE, allow_pickle: bool = PICKLE, as_json: bool = JSON) -> None:
     """Show all entries.
 
-    Example: [bold]nerine metadata show style.safetensors --json[/bold]
+    Examples:
+        nerine metadata show style.safetensors
+        nerine metadata show style.safetensors --json
     """
     from nerine.tools.metadata import show_metadata
 
     show(show_metadata(file, allow_pickle=allow_pickle), as_json)
 
 
-@metadata.command()
+@metadata.command(cls=Command)
 def edit(
     file: Path = FILE,
     set_: list[str] = typer.Option([], "--set", help="KEY=VALUE, as often as you like."),
@@ -48,10 +61,13 @@ def edit(
     dry_run: bool = DRY_RUN,
     as_json: bool = JSON,
 ) -> None:
-    """Set and delete entries. The hashes by which other programs know a file are worked out anew.
+    """Set and delete entries.
 
-    Example: [bold]nerine metadata edit style.safetensors --set modelspec.author=Ann --delete 'ss_*' -o new.safetensors
-    [/bold]
+    The hashes by which other programs know a file are worked out anew.
+
+    Examples:
+        nerine metadata edit style.safetensors --set modelspec.author=Ann -o new.safetensors
+        nerine metadata edit style.safetensors --delete 'ss_*' --in-place
     """
     from nerine.tools.metadata import edit_metadata
 
@@ -62,7 +78,7 @@ def edit(
     _show(report, dry_run, as_json)
 
 
-@metadata.command()
+@metadata.command(cls=Command)
 def strip(
     file: Path = FILE,
     everything: bool = typer.Option(False, "--all", help="All but what tells how the tensors are to be read."),
@@ -72,11 +88,15 @@ def strip(
     dry_run: bool = DRY_RUN,
     as_json: bool = JSON,
 ) -> None:
-    """Remove what a file tells of its training: folders, captions, settings, prompts.
+    """Remove what a file tells of its training.
+
+    That is folders, captions, settings and prompts.
 
     What programs need to read it stays, and so do title, author and license (modelspec entries).
 
-    Example: [bold]nerine metadata strip style.safetensors -o public.safetensors[/bold]
+    Examples:
+        nerine metadata strip style.safetensors -o public.safetensors
+        nerine metadata strip style.safetensors --all --in-place
     """
     from nerine.tools.metadata import strip_metadata
 
@@ -95,4 +115,4 @@ def _target(out: Path | None, in_place: bool) -> Path | None:
 def _show(report: MetadataReport, dry_run: bool, as_json: bool) -> None:
     show(report, as_json)
     if dry_run and not as_json:
-        typer.echo("nothing was written (--dry-run)")
+        say("nothing was written (--dry-run)")

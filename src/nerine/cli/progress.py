@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nerine.cli.terminal import is_live
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -30,7 +32,8 @@ def training_bar(total: int, console: Console) -> Iterator[Callable[[int, float]
         TimeRemainingColumn(),
     )
     start, shown = 0.0, float("nan")
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    moves = is_live(console.file)
+    bar = Progress(*columns, console=console, disable=not moves)
     task = bar.add_task("", total=total, loss=shown, pace=0.0)
 
     def report(step: int, loss: float) -> None:
@@ -40,7 +43,7 @@ def training_bar(total: int, console: Console) -> Iterator[Callable[[int, float]
         shown = loss if shown != shown else _SMOOTH * shown + (1 - _SMOOTH) * loss
         pace = (now - start) / max(1, step - 1)
         bar.update(task, completed=step, loss=shown, pace=pace)
-        if not console.is_terminal and (step == total or step % max(1, total // 10) == 0):
+        if not moves and (step == total or step % max(1, total // 10) == 0):
             left = pace * (total - step)
             console.print(
                 f"step {step}/{total}  loss {shown:.4f}  {pace:.3f} s/step  {left:.0f} s left", highlight=False

@@ -6,6 +6,7 @@ Nothing here imports torch: help must come at once.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
+from nerine.cli.choices import devices, dialects, formats, targets
+from nerine.cli.terminal import say
 from nerine.errors import OptionError, nearest
 
 if TYPE_CHECKING:
@@ -28,9 +31,11 @@ __all__ = [
     "DRY_RUN",
     "DTYPE",
     "FORCE",
+    "FROM",
     "JSON",
     "OUT",
     "PICKLE",
+    "TARGETS",
     "bar",
     "dtype_of",
     "pairs",
@@ -47,8 +52,18 @@ JSON: bool = typer.Option(False, "--json", help="The report as JSON on stdout.")
 OUT: Path = typer.Option(..., "--out", "-o", help="Where to write.")
 FORCE: bool = typer.Option(False, "--force", help="Replace what is there.")
 DRY_RUN: bool = typer.Option(False, "--dry-run", help="Do everything but write.")
-DEVICE: str = typer.Option("cpu", "--device", help="Where to compute: cpu, cuda, cuda:1, mps, ...")
-DTYPE: str | None = typer.Option(None, "--dtype", help="fp32, fp16 or bf16 for what is written; as it was if left out.")
+DEVICE: str = typer.Option(
+    "cpu", "--device", help="Where to compute: cpu, cuda, cuda:1, mps, ...", autocompletion=devices
+)
+DTYPE: str | None = typer.Option(
+    None, "--dtype", help="fp32, fp16 or bf16 for what is written; as it was if left out.", autocompletion=formats
+)
+FROM: str | None = typer.Option(
+    None, "--from", help="The dialect of FILE, where it cannot be told.", autocompletion=dialects
+)
+TARGETS: list[str] = typer.Option(
+    [], "--targets", help="A preset or pattern of layers; can be given again.", autocompletion=targets
+)
 PICKLE: bool = typer.Option(
     False, "--allow-pickle", help="Read .ckpt, .pt and .bin as well (tensors alone, no code is run)."
 )
@@ -61,17 +76,30 @@ class Report(Protocol):
 
 
 def show(report: Report, as_json: bool) -> None:
-    """The report on stdout: as JSON, or as the text that it is."""
-    typer.echo(json.dumps(report.to_dict(), indent=2, default=str) if as_json else str(report))
+    """The report on stdout: as JSON (numbers that are none become null there), or as the text that it is."""
+    if as_json:
+        say(json.dumps(_plain(report.to_dict()), indent=2, default=str, allow_nan=False))
+    else:
+        say(str(report))
+
+
+def _plain(value: Any) -> Any:
+    """Data with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar on stderr for a tool's progress, from its second second on; nothing where there is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from nerine.cli.terminal import console, is_live
+
+    screen = console(stderr=True)
     columns = (
         TextColumn(title),
         BarColumn(bar_width=24),
@@ -79,13 +107,13 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[what]}", style="dim"),
     )
-    progress = Progress(*columns, console=console, transient=True, refresh_per_second=8)
+    progress = Progress(*columns, console=screen, transient=True, refresh_per_second=8)
     task = progress.add_task("", total=None, what="")
     began, shown = time.monotonic(), False
 
     def report(done: int, total: int, what: str) -> None:
         nonlocal shown
-        if not console.is_terminal:
+        if not is_live(screen.file):
             return
         if not shown and time.monotonic() - began > 1:
             progress.start()

@@ -7,7 +7,8 @@ from typing import Any
 
 import typer
 
-from nerine.cli.shared import DEVICE, FORCE, JSON, PICKLE, bar, dtype_of, show, size_of
+from nerine.cli.choices import dialects, formats
+from nerine.cli.shared import DEVICE, FORCE, JSON, PICKLE, TARGETS, bar, dtype_of, show, size_of
 
 __all__ = ["suggest"]
 
@@ -20,22 +21,26 @@ def suggest(
     sizes: str | None = typer.Option(None, help="The sizes of the table, as in 1MB,10MB,100MB."),
     algos: str | None = typer.Option(None, help="The algorithms to weigh, as in lora,lokr,loha."),
     left_out: float = typer.Option(0.01, help="Kinds of layers with less of the change than this may be left out."),
-    targets: list[str] = typer.Option([], "--targets", help="A preset or pattern of layers; can be given again."),
+    targets: list[str] = TARGETS,
     plot: Path | None = typer.Option(None, "--plot", help="Draw error against size: .svg, or .png with matplotlib."),
-    dtype: str = typer.Option("fp16", "--dtype", help="The number format of the file: fp32, fp16 or bf16."),
-    dialect: str = typer.Option("kohya", help="The dialect of the file."),
+    dtype: str = typer.Option(
+        "fp16", "--dtype", help="The number format of the file: fp32, fp16 or bf16.", autocompletion=formats
+    ),
+    dialect: str = typer.Option("kohya", help="The dialect of the file.", autocompletion=dialects),
     component: str | None = typer.Option(None, help="The part of a pipeline that it is, where names do not tell."),
     device: str = DEVICE,
     allow_pickle: bool = PICKLE,
     force: bool = FORCE,
     as_json: bool = JSON,
 ) -> None:
-    """Suggest an adapter for the difference of two checkpoints, or for what an adapter file changes.
+    """Suggest which algorithm, rank and layers suit a change.
 
-    Weighs algorithms at equal bytes, layer by layer, and says which blocks and kinds of layers carry the change. The
-    last lines are what to type.
+    For the difference of two checkpoints, or for what an adapter file changes. Weighs algorithms at equal bytes, layer
+    by layer, and says which blocks and kinds of layers carry the change. The last lines are what to type.
 
-    Example: [bold]nerine suggest sdxl.safetensors mine.safetensors --size 20MB --plot sizes.svg[/bold]
+    Examples:
+        nerine suggest sdxl.safetensors mine.safetensors --size 20MB --plot sizes.svg
+        nerine suggest --adapter style.safetensors --algos lora,lokr,loha
     """
     if (tuned is None) == (adapter is None) or (adapter is None and base is None):
         raise typer.BadParameter("give BASE and TUNED, or --adapter FILE (alone, or after its BASE)")

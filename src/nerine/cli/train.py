@@ -7,13 +7,15 @@ same keys. What is given here goes before what the file says.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from nerine.cli.choices import algorithms, devices, dialects, listed, targets
 from nerine.cli.shared import JSON, pairs, show
+from nerine.cli.terminal import say
 from nerine.errors import OptionError
 from nerine.train.config import SUBSET, example, read, read_config, settings_of
 from nerine.train.settings import Key, keys
@@ -55,7 +57,7 @@ def _train(
         with watching() as watcher:
             plan = plan_training(settings, watcher)
         if layers and not as_json:
-            typer.echo(f"{plan.by_layer}\n")
+            say(f"{plan.by_layer}\n")
         show(plan, as_json)
         return
     from nerine.train.running import train as run
@@ -93,14 +95,14 @@ def _given(file: Path | None, options: Mapping[str, Any], resume: bool) -> dict[
 def _write_example(file: Path | None) -> None:
     """The commented example, into a file that is not there yet, or on stdout."""
     if file is None:
-        typer.echo(example(), nl=False)
+        say(example(), end="")
         return
     if file.exists():
         raise OptionError(f"{file}: there is such a file already; choose another name for the example")
     from nerine.files.atomic import write_text
 
     write_text(file, example())
-    typer.echo(f"wrote {file}; then: nerine train {file}", err=True)
+    say(f"wrote {file}; then: nerine train {file}", err=True)
 
 
 def _parameter(one: Key) -> inspect.Parameter:
@@ -119,8 +121,16 @@ def _parameter(one: Key) -> inspect.Parameter:
     else:
         kind, names = str | None, flag
     empty: Any = [] if kind == list[str] else None
-    option = typer.Option(empty, names, help=about, rich_help_panel=panel, show_default=False)
+    option = typer.Option(
+        empty, names, help=about, rich_help_panel=panel, show_default=False, autocompletion=_completion(one)
+    )
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def _completion(one: Key) -> Callable[[str], Any] | None:
+    """What the shell completes for a setting; None is files."""
+    known = {"algo": algorithms, "targets": targets, "dialect": dialects, "device": devices}
+    return listed(*one.choices) if one.choices else known.get(one.name)
 
 
 def _said(one: Key) -> str:
@@ -145,12 +155,17 @@ _OWN = {
 
 
 def train(*args: Any, **kwargs: Any) -> None:
-    """Fine-tune a diffusion model from a folder of pictures and captions.
+    """Fine-tune a diffusion model from a folder of pictures.
+
+    A caption stands beside its picture, under the same name, in a .txt.
 
     Without a base it is the little model that comes with nerine. The run's folder gets the adapter, its checkpoints,
     pictures on the way, loss.png and report.html. Several processes: accelerate launch -m nerine train config.toml.
 
-    Example: [bold]nerine train --data pictures --algo lokr --dora --steps 300 --prompt "a seven, neon"[/bold]
+    Examples:
+        nerine train --data pictures --out run
+        nerine train --data pictures --algo lokr --dora --steps 300 --prompt "a seven, neon"
+        nerine train config.toml --steps 2000
     """
     _train(*args, **kwargs)
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nerine.cli.terminal import console, is_live
 from nerine.train.watching import Watcher
 
 __all__ = ["TerminalWatcher", "watching"]
@@ -31,6 +32,7 @@ class TerminalWatcher(Watcher):
         self.console = console
         self.speaks = speaks
         self.asked = False
+        self.is_live = is_live(console.file)
         self._bar: Progress | None = None
         self._task: Any = None
         self._loss = float("nan")
@@ -41,7 +43,7 @@ class TerminalWatcher(Watcher):
     def preparing(self, what: str, done: int, total: int) -> None:
         if not self.speaks:
             return
-        if not self.console.is_terminal:
+        if not self.is_live:
             if done == total or (self._said and time.monotonic() - self._said > 10):
                 self._say(f"{what}: {done} of {total}")
                 self._said = time.monotonic()
@@ -72,7 +74,7 @@ class TerminalWatcher(Watcher):
         step = int(row["step"])
         pace = self._seconds / max(1, step - self._first)
         memory = f"{row['memory'] / 1e9:.1f} GB"
-        if not self.console.is_terminal:
+        if not self.is_live:
             if step % max(1, self._steps // _LINES) == 0 or step == self._steps:
                 left = pace * (self._steps - step)
                 self._say(
@@ -132,7 +134,7 @@ class TerminalWatcher(Watcher):
 @contextmanager
 def watching() -> Iterator[TerminalWatcher]:
     """A watcher for the length of a run, and Ctrl-C in its hands."""
-    watcher = TerminalWatcher(Console(stderr=True), os.environ.get("RANK", "0") == "0")
+    watcher = TerminalWatcher(console(stderr=True), os.environ.get("RANK", "0") == "0")
 
     def interrupted(number: int, frame: Any) -> None:
         if watcher.asked:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import typer
 
-from nerine.cli.shared import DEVIATES, DEVICE, JSON, PICKLE, bar, show
+from nerine.cli.choices import dialects as dialects_of
+from nerine.cli.shared import DEVIATES, DEVICE, FROM, JSON, PICKLE, bar, show
+from nerine.cli.terminal import say
 
 __all__ = ["verify"]
 
@@ -15,8 +17,10 @@ def verify(
     file: Path = typer.Argument(..., help="An adapter file, or the folder of one."),
     base: Path = typer.Option(..., "--base", help="The checkpoint that it is for: a file, an index or a folder."),
     layers: bool = typer.Option(False, "--layers", help="The figures of every layer."),
-    dialects: list[str] = typer.Option([], "--dialect", help="Export to this dialect only, as often as you like."),
-    source_dialect: str | None = typer.Option(None, "--from", help="The dialect of FILE, where it cannot be told."),
+    dialects: list[str] = typer.Option(
+        [], "--dialect", help="Export to this dialect only, as often as you like.", autocompletion=dialects_of
+    ),
+    source_dialect: str | None = FROM,
     component: str | None = typer.Option(None, help="Which part of a pipeline BASE is, where its layers do not tell."),
     samples: int = typer.Option(8, min=1, help="Random inputs for each layer."),
     doubled: int = typer.Option(4, "--fp64", min=0, help="Layers that are computed in fp64 as well."),
@@ -25,13 +29,15 @@ def verify(
     allow_pickle: bool = PICKLE,
     as_json: bool = JSON,
 ) -> None:
-    """Check on this base that what was trained is what is merged, exported and read again, layer by layer.
+    """Check that what was trained is what is merged and exported.
 
-    Training against the merged weight on random inputs; what rounding to the base's number format takes of the change;
-    every dialect written and read again in memory; and how far off the programs are that read the file otherwise.
-    Exit code 3: something does not hold.
+    On this base, layer by layer: training against the merged weight on random inputs; what rounding to the base's
+    number format takes of the change; every dialect written and read again in memory; and how far off the programs are
+    that read the file otherwise. Exit code 3: something does not hold.
 
-    Example: [bold]nerine verify style.safetensors --base sdxl.safetensors --layers[/bold]
+    Examples:
+        nerine verify style.safetensors --base sdxl.safetensors
+        nerine verify style.safetensors --base sdxl.safetensors --layers --dialect kohya
     """
     from nerine.tools.verify import verify as check
 
@@ -50,7 +56,7 @@ def verify(
             progress=progress,
         )
     if layers and not as_json:
-        typer.echo(f"{report.by_layer()}\n")
+        say(f"{report.by_layer()}\n")
     show(report, as_json)
     if not report.holds:
         raise typer.Exit(DEVIATES)

@@ -19,7 +19,7 @@ from nerine.errors import FormatError
 from nerine.files.checkpoint import Record
 from nerine.site import Site
 
-__all__ = ["Span", "fuse", "plain", "rows_in", "take"]
+__all__ = ["Span", "fuse", "is_low_rank", "plain", "rows_in", "take"]
 
 Span = tuple[int, int]
 
@@ -81,20 +81,26 @@ def _pick(t: Tensor, axis: int, spans: Sequence[Span]) -> Tensor:
     return picked[0] if len(picked) == 1 else torch.cat(picked, axis)
 
 
+def is_low_rank(record: Record) -> bool:
+    """Whether a plain LoRA, perhaps with DoRA around it, computes the same: `plain` gives it then. Reads no tensor."""
+    algorithm = record.algorithm.inner if isinstance(record.algorithm, DoRA) else record.algorithm
+    if not isinstance(algorithm, LowRank) or record.site.experts:
+        return False
+    return not isinstance(algorithm, TLoRA) or "base_q" in record.params.tensors  # else to be taken from the weight
+
+
 def plain(record: Record) -> Record | None:
     """A low-rank adapter as a plain LoRA at scale one that computes the same; None where it is of another kind."""
     algorithm, params = record.algorithm, record.params
+    if not is_low_rank(record):
+        return None
     if isinstance(algorithm, DoRA):
-        magnitude = params.tensors["magnitude"]
         inner = plain(Record(algorithm.inner, record.site, params.without("magnitude")))
-        if inner is None:
-            return None
+        assert inner is not None
         around = replace(algorithm, inner=inner.algorithm)
+        magnitude = params.tensors["magnitude"]
         return Record(around, record.site, Params({"magnitude": magnitude, **inner.params.tensors}))
-    if not isinstance(algorithm, LowRank) or record.site.experts:
-        return None
-    if isinstance(algorithm, TLoRA) and "base_q" not in params.tensors:  # to be taken from the weight
-        return None
+    assert isinstance(algorithm, LowRank)
     if set(params.tensors) == {"down", "up"}:
         up, down = params.tensors["up"], params.tensors["down"]
         up = up if params.scale == 1 or up.is_meta else up * params.scale

@@ -30,7 +30,7 @@ from nerine.tiny.sheet import grid
 if TYPE_CHECKING:
     from nerine.tiny.pipeline import TinyPipeline
 
-__all__ = ["DemoReport", "DemoSettings", "run_demo"]
+__all__ = ["DemoReport", "DemoSettings", "Watch", "run_demo"]
 
 Progress = Callable[[int, float], None]  # step (from 1), loss
 
@@ -44,9 +44,11 @@ SAMPLE_SEED, SAMPLES = 5, 10  # samples drawn for each digit
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """What the demo trains and how: `lr` for AdamW, `batch` in pictures, `style` "neon" or "paper"."""
+    """What the demo trains and how: `lr` for AdamW, `batch` in pictures, `style` "neon" or "paper"; `rank` None is the
+    one of the demo for that algorithm."""
 
     algo: str = "lokr"
+    rank: int | None = None
     dora: bool = True
     steps: int = 160
     seed: int = 0
@@ -62,8 +64,26 @@ class DemoSettings:
 
     @property
     def algorithm(self) -> Algorithm:
-        inner = REGISTRY[self.algo](**ALGORITHMS[self.algo])
+        chosen = {} if self.rank is None else {"rank": self.rank}
+        inner = REGISTRY[self.algo](**{**ALGORITHMS[self.algo], **chosen})
         return DoRA(inner) if self.dora else inner
+
+    @property
+    def stem(self) -> str:
+        """How the files of the results are called, without an ending."""
+        return f"{self.style}-{'dora-' if self.dora else ''}{self.algo}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Who looks on while the demo trains: `drawn` gets the step and pictures `[10, 3, 16, 16]` in [-1, 1] (two of each
+    digit from 5 to 9) before the first step and every `every` steps; `enough` is asked after each step, and True ends
+    the training there. Looking on changes no number of the result.
+    """
+
+    every: int = 0
+    drawn: Callable[[int, Tensor], None] | None = None
+    enough: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +128,9 @@ class DemoReport:
         return table(("", "result"), rows)
 
 
-def run_demo(settings: DemoSettings, out: str | Path, progress: Progress | None = None) -> DemoReport:
+def run_demo(
+    settings: DemoSettings, out: str | Path, progress: Progress | None = None, watch: Watch | None = None
+) -> DemoReport:
     """Run the demo and write the adapter and a picture into the folder `out`.
 
     Raises:
@@ -123,11 +145,15 @@ def run_demo(settings: DemoSettings, out: str | Path, progress: Progress | None 
     before = held_out_loss(pipeline.unet, held_out, data.held_out.pictures)
     shown = [prompt(digit, settings.style) for digit in UNSEEN for _ in range(2)]
     rows = {"base": _sample(pipeline, shown)}
+    watch = watch or Watch()
+    if watch.drawn is not None:
+        watch.drawn(0, rows["base"])
 
     network = attach(pipeline.unet, settings.algorithm, generator=torch.Generator().manual_seed(settings.seed))
-    seconds = _train(pipeline, network, settings, data.train, progress)
-    adapter = folder / f"{settings.style}-{'dora-' if settings.dora else ''}{settings.algo}.safetensors"
-    save(network, adapter, metadata={"nerine_demo": f"seed {settings.seed}, {settings.steps} steps"})
+    look = _Look(watch, lambda: _sample(pipeline, shown))
+    steps, seconds = _train(pipeline, network, settings, data.train, progress, look)
+    adapter = folder / f"{settings.stem}.safetensors"
+    save(network, adapter, metadata={"nerine_demo": f"seed {settings.seed}, {steps} steps"})
 
     reloaded, merged = _compare(pipeline.unet, adapter, held_out[:32], data.held_out.pictures[:32])
     digits = torch.tensor([*SEEN, *UNSEEN] * SAMPLES)
@@ -136,12 +162,12 @@ def run_demo(settings: DemoSettings, out: str | Path, progress: Progress | None 
     rows["adapter"] = _sample(pipeline, shown)
     rows["target"] = _first_two(data.held_out.pictures, data.held_out.digits)
     picture = folder / f"{adapter.stem}.png"
-    grid(rows, shown, picture, f"{settings.algorithm}, {settings.steps} steps. It was trained on 0 to 4 only.")
+    grid(rows, shown, picture, f"{settings.algorithm}, {steps} steps. It was trained on 0 to 4 only.")
     return DemoReport(
         algorithm=str(settings.algorithm),
         layers=len(network),
         params=sum(p.numel() for p in network.parameters()),
-        steps=settings.steps,
+        steps=steps,
         seconds=seconds,
         loss_before=before,
         loss_after=held_out_loss(pipeline.unet, held_out, data.held_out.pictures),
@@ -176,10 +202,36 @@ def _sample(pipeline: TinyPipeline, prompts: Sequence[str]) -> Tensor:
     return pictures
 
 
+class _Look:
+    """A `Watch` between the steps: `draw` makes the pictures that it is shown."""
+
+    def __init__(self, watch: Watch, draw: Callable[[], Tensor]) -> None:
+        self.watch, self.draw = watch, draw
+
+    def after(self, step: int, unet: torch.nn.Module) -> float:
+        """Show what the model draws after that step, if it is time; returns the seconds that it took."""
+        watch, start = self.watch, time.monotonic()
+        if watch.drawn is None or watch.every < 1 or step % watch.every:
+            return 0.0
+        unet.eval()
+        watch.drawn(step, self.draw())
+        unet.train()
+        return time.monotonic() - start
+
+    @property
+    def has_enough(self) -> bool:
+        return self.watch.enough is not None and self.watch.enough()
+
+
 def _train(
-    pipeline: TinyPipeline, network: Network, settings: DemoSettings, data: Split, progress: Progress | None
-) -> float:
-    """Train the adapters; returns the seconds it took."""
+    pipeline: TinyPipeline,
+    network: Network,
+    settings: DemoSettings,
+    data: Split,
+    progress: Progress | None,
+    look: _Look,
+) -> tuple[int, float]:
+    """Train the adapters; returns the steps that were made, and the seconds they took."""
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         states, empty = pipeline.encode(data.prompts), pipeline.encode([""])
@@ -189,7 +241,7 @@ def _train(
         optimizer, lambda step: min((step + 1) / warmup, max(0.03, 1 - step / settings.steps))
     )
     pipeline.unet.train()
-    start = time.monotonic()
+    start, looked, done = time.monotonic(), 0.0, 0
     for step in range(settings.steps):
         chosen = torch.randint(len(data), (settings.batch,), generator=generator)
         text = drop_prompts(states[chosen], empty, 0.1, generator)
@@ -201,8 +253,12 @@ def _train(
         schedule.step()
         if progress is not None:
             progress(step + 1, float(loss.detach()))
+        done = step + 1
+        looked += look.after(done, pipeline.unet)
+        if look.has_enough:
+            break
     pipeline.unet.eval()
-    return time.monotonic() - start
+    return done, time.monotonic() - start - looked
 
 
 @torch.no_grad()

@@ -118,4 +118,4 @@ def test_neither_needs_torch_for_its_help() -> None:
     for name in ("extract", "suggest"):
         done = run(name, "--help")
         assert done.exit_code == 0
-        assert "Example:" in done.output
+        assert "Examples:" in done.output

@@ -79,7 +79,10 @@ def test_a_full_disk_is_one_line(folder: Path, capsys: Caught, monkeypatch: pyte
     monkeypatch.setattr(store, "_bytes", full)
     done = run(capsys, "merge", "base.safetensors", "style.safetensors", "-o", "out.safetensors")
     assert done.code == 1
-    assert done.err.strip() == "No space left on device; nothing was changed"
+    assert done.err.splitlines() == [
+        "Error: No space left on device; nothing was changed",
+        "More: nerine explain cannot-write",
+    ]
     assert sorted(p.name for p in folder.iterdir()) == ["base.safetensors", "style.safetensors"]
 
 

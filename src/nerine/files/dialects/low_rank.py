@@ -13,7 +13,7 @@ from nerine.files.checkpoint import Record
 from nerine.files.dialects.base import Emitted
 from nerine.files.dialects.peft_config import PeftConfig, common, patterns
 from nerine.files.pieces import ALPHA, MAGNITUDE, Piece, Stem
-from nerine.files.rows import plain
+from nerine.files.rows import is_low_rank, plain
 
 __all__ = ["low_rank_config", "low_rank_emitted", "low_rank_refusal", "number", "scaled_by"]
 
@@ -43,7 +43,7 @@ def number(value: float) -> Piece:
 
 def low_rank_refusal(record: Record, who: str) -> str:
     """Why an adapter is nothing that a LoRA with DoRA over outputs could be; empty where it is."""
-    if plain(record) is None:
+    if not is_low_rank(record):
         return f"{who} reads low-rank adapters only, and this is {type(record.algorithm).__name__}"
     if isinstance(record.algorithm, DoRA) and record.algorithm.axis == "in":
         return f"{who} takes DoRA norms over outputs only, and this one is over input channels"

@@ -28,7 +28,9 @@ def run(command: Sequence[str | Path], folder: Path, **more: str) -> str:
     told = {key: value for key, value in os.environ.items() if key not in hidden} | {"OMP_NUM_THREADS": "1"} | more
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=told, timeout=1500)
     if done.returncode:
-        pytest.fail(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
+        pytest.fail(
+            f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False
+        )
     return done.stdout
 
 

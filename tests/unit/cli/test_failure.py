@@ -102,7 +102,11 @@ def test_a_fault_is_said_to_be_one(capsys: pytest.CaptureFixture[str], monkeypat
 @pytest.mark.parametrize(
     ("error", "words", "key"),
     [
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "OutOfMemoryError: CUDA out of memory", "out-of-memory"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
+            "OutOfMemoryError: CUDA out of memory",
+            "out-of-memory",
+        ),
         (ModuleNotFoundError("No module named 'diffusers'"), "No module named 'diffusers'", "missing-extra"),
         (OSError(28, "No space left on device", "a.safetensors"), "a.safetensors: No space left", "cannot-write"),
     ],

@@ -205,6 +205,22 @@ def run_adapted(run_on_second_device) -> Callable[[str], None]:
     return lambda code: run_on_second_device(ADAPTED + textwrap.dedent(code))
 
 
+def test_a_generator_of_the_cpu_gives_the_same_start_there(run_adapted) -> None:
+    run_adapted(
+        """
+        for algorithm in ALGORITHMS:
+            starts = []
+            for device in ("cpu", DEVICE):
+                model = model_of().to(device)
+                network = nerine.attach(model, algorithm, generator=torch.Generator().manual_seed(5))
+                assert all(p.device.type == torch.device(device).type for p in network.parameters())
+                starts.append([p.detach().cpu() for p in network.parameters()])
+            assert all(torch.equal(one, two) for one, two in zip(*starts, strict=True)), algorithm
+            assert len(starts[0]) > 0
+        """
+    )
+
+
 def test_adapters_train_there_as_on_the_cpu(run_adapted) -> None:
     run_adapted(
         """

@@ -82,7 +82,19 @@ def check_strength(value: object) -> None:
 
 
 def start(algorithm: Algorithm, site: Site, weight: Tensor, rng: torch.Generator | None) -> Params:
-    """Fresh tensors of `algorithm`; where the parameter holds several experts, one set for each, stacked."""
+    """Fresh tensors of `algorithm`; where the parameter holds several experts, one set for each, stacked.
+
+    A generator draws on its own device, and what it drew moves to the weight: one of the CPU gives the same values
+    wherever the model is.
+    """
+    home = weight.device
+    if rng is not None and not weight.is_meta:
+        weight = weight.to(rng.device)
+    made = _start(algorithm, site, weight, rng)
+    return made.filled(t.to(home) for t in made.tensors.values())
+
+
+def _start(algorithm: Algorithm, site: Site, weight: Tensor, rng: torch.Generator | None) -> Params:
     if not site.experts:
         return algorithm.start(site, weight, rng)
     each = [algorithm.start(site, w, rng) for w in weight]

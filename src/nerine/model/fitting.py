@@ -76,7 +76,8 @@ def attach(
     "attn-only", ...), a pattern, a class, a predicate, or a list of those; docs/targets.md has them all. `train_norm`
     adds the scales and offsets of all norms. With `own` the adapters are children of their layers and move with them;
     without, the host keeps them through the Network. With `freeze` every other parameter of the model stops to require
-    gradients (`detach` undoes it). `generator` draws the initial values instead of torch's global one.
+    gradients (`detach` undoes it). `generator` draws the initial values instead of torch's global one, where it is: one
+    of the CPU gives the same values wherever the model is.
 
     Raises:
         TargetError: no layer matches, or two share a weight.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # the width of the terminal that pytest was started in is nothing to the commands
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS, on machines with a GPU
 
 import hypothesis

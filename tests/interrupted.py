@@ -99,6 +99,7 @@ def started(arguments: list[str], before: Callable[[], None]) -> int:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     sys.argv = ["nerine", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & inherits that it is ignored
     code = 1
     try:
         before()

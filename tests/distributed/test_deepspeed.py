@@ -155,5 +155,6 @@ def orders_and_errors(rank: int, folder: Path) -> None:
         nerine.attach(engine, DiagOFT(block_size=2), name="late")
 
 
+@pytest.mark.slow
 def test_deepspeed(run_on_two: Callable[..., None]) -> None:
     run_on_two(equal_to_one_process, made_in_pieces, orders_and_errors, ignore=(".*",))

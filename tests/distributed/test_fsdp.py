@@ -207,6 +207,7 @@ def from_meta(rank: int, folder: Path) -> None:
         close(loss_of(base, 0), loss_of(model(), 0), "loss again")
 
 
+@pytest.mark.slow
 def test_fsdp(run_on_two: Callable[..., None]) -> None:
     run_on_two(
         equal_to_one_process, files_and_merging, orders_and_errors, precision_and_chance, from_meta, ignore=(VIEW,)

@@ -130,5 +130,6 @@ def orders_and_errors(rank: int, folder: Path) -> None:
     assert y.full_tensor().shape == (2, 6, 12)
 
 
+@pytest.mark.slow
 def test_tensor_parallel(run_on_two: Callable[..., None]) -> None:
     run_on_two(equal_to_one_process, chance_is_shared, orders_and_errors, ignore=("FSDP2-wrapped module",))

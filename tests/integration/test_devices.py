@@ -21,6 +21,7 @@ warnings.filterwarnings("ignore", module="(torch|accelerate|diffusers|transforme
 
 
 @pytest.mark.parametrize("names", PARTS, ids=",".join)
+@pytest.mark.slow
 def test_no_route_leads_apart(names: list[str], run_on_simulated_cuda, tmp_path) -> None:
     report = tmp_path / "report.json"
     run_on_simulated_cuda(
@@ -92,6 +93,7 @@ for algorithm, resident, away in ALGORITHMS:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.slow
 def test_random_programs_agree_with_the_cpu(seed: int, run_on_simulated_cuda) -> None:
     run_on_simulated_cuda(
         f"""{QUIET}

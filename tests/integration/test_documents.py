@@ -106,6 +106,7 @@ def test_the_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monk
 # -- commands that run -----------------------------------------------------------------------------------------------
 @pytest.mark.no_device_guard
 @pytest.mark.parametrize(("page", "commands"), WORK.items())
+@pytest.mark.slow
 def test_the_commands_of_a_page_run(
     page: str, commands: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_the_commands_of_a_page_run(
 
 @pytest.mark.no_device_guard
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_the_tutorial_shows_what_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

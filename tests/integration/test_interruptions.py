@@ -29,16 +29,19 @@ def seen(found: dict[str, Any], how: str) -> int:
     return sum(one["seen"].get(how, 0) for one in found.values())
 
 
+@pytest.mark.slow
 def test_a_hundred_kills_leave_the_old_file_or_the_new(tmp_path: Path) -> None:
     found = stopped(tmp_path, "kill", 100)
     assert seen(found, "signal 9") >= 30, "most were killed before they were done"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     found = stopped(tmp_path, "interrupt", 24)
     assert seen(found, "exit 130") >= 6
 
 
+@pytest.mark.slow
 def test_no_room_leaves_what_was_there(tmp_path: Path) -> None:
     found = stopped(tmp_path, "full", 12)
     assert seen(found, "exit 1") >= 6

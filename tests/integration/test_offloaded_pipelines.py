@@ -88,5 +88,6 @@ def check_group_offload_to_disk():
 
 
 @pytest.mark.parametrize("make", ["sdxl", "flux"])
+@pytest.mark.slow
 def test_offloaded_pipelines(make: str, run_on_simulated_cuda) -> None:
     run_on_simulated_cuda(CODE.replace("{make}", make))

@@ -221,6 +221,7 @@ def test_a_generator_of_the_cpu_gives_the_same_start_there(run_adapted) -> None:
     )
 
 
+@pytest.mark.slow
 def test_adapters_train_there_as_on_the_cpu(run_adapted) -> None:
     run_adapted(
         """
@@ -304,6 +305,7 @@ def test_files_of_the_cpu_there_and_back(run_adapted, tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_left_behind_never_gives_the_mixed_device_error(run_adapted) -> None:
     """A host that owns the adapters moves the model alone; the adapters follow the activations, or are merged."""
     run_adapted(

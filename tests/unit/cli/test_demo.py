@@ -29,6 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_demo_writes_what_it_says(tmp_path: Path) -> None:
     out = tmp_path / "results"
     done = run("demo", "--steps", "2", "--out", str(out), "--json")

@@ -548,6 +548,7 @@ def test_the_header_tells_ranks_and_where_it_comes_from(plain: tuple[Path, Path]
     assert str(tmp_path) not in str(metadata)
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(plain: tuple[Path, Path], tmp_path: Path) -> None:
     for options in ({"rank": 3}, {"algorithm": "auto", "size": 50_000}):
         extract(*plain, tmp_path / "a.safetensors", force=True, **options)

@@ -51,6 +51,7 @@ def curve(report: SuggestReport, name: str) -> dict[int, float | None]:
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "auto", "lokr", "full"])
+@pytest.mark.slow
 def test_the_errors_are_those_that_an_extraction_of_that_size_has(
     plain: tuple[Path, Path], report: SuggestReport, tmp_path: Path, algorithm: str
 ) -> None:

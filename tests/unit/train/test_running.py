@@ -143,6 +143,7 @@ def test_what_was_trained_is_what_the_file_says(pictures: Path, tmp_path: Path) 
     ],
     ids=["dropouts", "dylora", "tlora", "schedule-free", "text encoder"],
 )
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on_to_the_same_bits(pictures: Path, tmp_path: Path, more: dict[str, Any]) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
     common = {"validation_share": 0.03, "validate_every": 4, "save_every": 3, **more}

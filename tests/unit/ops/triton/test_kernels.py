@@ -41,6 +41,7 @@ def compare(**variables: str) -> None:
     assert "skipped" not in out
 
 
+@pytest.mark.slow
 def test_every_kernel_agrees_with_its_reference_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     compare(TRITON_INTERPRET="1")

@@ -351,10 +351,11 @@ def test_a_page_that_is_closed_takes_its_job_along(page: Watched, browser: Any, 
     other.page.locator("#convert-result").get_by_text(re.compile(rf"of {MANY}")).wait_for(timeout=LONG)
     other.page.context.close()
     assert other.wrong == []
+    page.page.reload()
     page.tab("Convert")  # its turn comes when the other has ended, one way or the other
     page.pick("convert-file", "loha.safetensors")
     page.choose("convert-to", "lora")
-    page.write("convert-rank", "")
+    page.proposed("convert", "loha-converted.safetensors")
     page.write("convert-out", "next.safetensors")
     assert "Written: next.safetensors" in page.run("convert")
     assert not (server.folder / "wide-converted.safetensors").exists()
@@ -505,8 +506,7 @@ def test_paths_that_lead_outside_are_refused(page: Watched, server: Server, text
     page.page.reload()  # with empty fields: picking suggests a name a moment later, which is waited for
     page.tab("Resize")
     page.pick("resize-file", "style.safetensors")
-    out = page.page.locator("#resize-out textarea, #resize-out input").first
-    sync_api.expect(out).to_have_value("style-smaller.safetensors", timeout=LONG)
+    page.proposed("resize", "style-smaller.safetensors")
     page.write("resize-rank", "2")
     page.write("resize-out", text.format(outside=server.outside / "new.safetensors"))
     page.page.locator("#resize-replace input").check()
